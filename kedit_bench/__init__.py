@@ -1,0 +1,1 @@
+"""The benchmark of kedit: metrics and the runs that compute them."""

@@ -1,0 +1,71 @@
+"""`kedit demo`: a few facts of a real model, edited and taken back."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from kedit_core.cli import options
+from kedit_core.errors import EditError
+from kedit_core.plugins import discover
+
+MODEL, METHOD, DATASET = "smollm2-135m", "rome", "starter"
+NEW_TOKENS = 10
+
+
+def demo(
+    facts: Annotated[int, typer.Option(min=1, help="How many facts to edit.")] = 5,
+    method: options.Method = METHOD,
+    model: options.Model = MODEL,
+) -> None:
+    """Edit a few facts of a real model, show the answers, roll back, compare every bit."""
+    catalog = discover()
+    spec = catalog.method(method)
+    dataset = catalog.dataset(DATASET)
+    options.check_settings(catalog, spec, model, None, None, None)
+
+    started = time.perf_counter()
+    session = options.open_session(catalog, model, device=None, dtype="auto")
+    typer.echo(f"{model} is loaded ({time.perf_counter() - started:.1f} s).", err=True)
+    before_bits = _bits(session.model)
+    cases = list(dataset.load()().cases())
+    cases = cases[:: max(1, len(cases) // facts)][:facts]
+    for case in cases:
+        request = case.request
+        rephrase = next(p for p in case.probes if p.kind == "rephrase")
+        neighbour = next(p for p in case.probes if p.kind == "locality")
+        prompts = [request.text, rephrase.prompt, neighbour.prompt]
+        before = session.view().greedy(prompts, max_new_tokens=NEW_TOKENS)
+        outcome = session.edit(spec, request)
+        after = session.view().greedy(prompts, max_new_tokens=NEW_TOKENS)
+        session.rollback()
+        typer.echo(f"\n{request.text} → {request.target_new}   ({outcome.seconds:.1f} s)")
+        rows = [
+            (name, options.shorten(prompt, 56), options.shorten(old, 34), options.shorten(new, 34))
+            for name, prompt, old, new in zip(
+                ("prompt", "rephrased", "neighbour"), prompts, before, after, strict=True
+            )
+        ]
+        typer.echo(options.table(rows, ("", "question", "before", "after")))
+    same = _bits(session.model) == before_bits
+    typer.echo(f"\nRolled back: {len(before_bits)} parameters, every bit as before: {same}.")
+    typer.echo(f"{time.perf_counter() - started:.0f} s in all.", err=True)
+    if not same:
+        raise EditError("The rollback did not restore the weights. Please report this.")
+
+
+def _bits(model: object) -> dict[str, str]:
+    """SHA-256 of every parameter and buffer."""
+    import hashlib
+
+    import torch
+
+    assert isinstance(model, torch.nn.Module)
+    return {
+        name: hashlib.sha256(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        ).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }

@@ -1,0 +1,112 @@
+"""The light surface of kedit: what describes and checks, without torch.
+
+What computes is in `kedit_core.editing`.  Names that need pydantic are imported at first use, so
+that a plugin's entry point costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kedit_core.errors import (
+    ArtifactError,
+    DataError,
+    EditError,
+    KEditError,
+    ModelError,
+    PatchError,
+    PluginError,
+    RequestError,
+    SettingError,
+    SiteError,
+    UnknownNameError,
+)
+from kedit_core.hookspecs import (
+    CaseMeasured,
+    CellFinished,
+    EditFinished,
+    hookimpl,
+    hookspec,
+)
+from kedit_core.sites import Site
+from kedit_core.spec import (
+    ArchitectureSpec,
+    CommandSpec,
+    DatasetSpec,
+    EffectSpec,
+    ExecutorSpec,
+    MethodSpec,
+    MetricSpec,
+    ModelSpec,
+)
+
+if TYPE_CHECKING:
+    from kedit_core.hparams import HyperParams
+    from kedit_core.plugins import Catalog, discover
+    from kedit_core.protocols import DatasetAdapter, EditMethod, Executor, Metric, Preparable
+    from kedit_core.request import EditCase, EditRequest, Probe, read_requests
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "HyperParams": "kedit_core.hparams",
+    "Catalog": "kedit_core.plugins",
+    "discover": "kedit_core.plugins",
+    "EditCase": "kedit_core.request",
+    "EditRequest": "kedit_core.request",
+    "Probe": "kedit_core.request",
+    "read_requests": "kedit_core.request",
+    "DatasetAdapter": "kedit_core.protocols",
+    "EditMethod": "kedit_core.protocols",
+    "Executor": "kedit_core.protocols",
+    "Metric": "kedit_core.protocols",
+    "Preparable": "kedit_core.protocols",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kedit_core' has no attribute '{name}'")
+
+
+__all__ = [
+    "ArchitectureSpec",
+    "ArtifactError",
+    "CaseMeasured",
+    "Catalog",
+    "CellFinished",
+    "CommandSpec",
+    "DataError",
+    "DatasetAdapter",
+    "DatasetSpec",
+    "EditCase",
+    "EditError",
+    "EditFinished",
+    "EditMethod",
+    "EditRequest",
+    "EffectSpec",
+    "Executor",
+    "ExecutorSpec",
+    "HyperParams",
+    "KEditError",
+    "MethodSpec",
+    "Metric",
+    "MetricSpec",
+    "ModelError",
+    "ModelSpec",
+    "PatchError",
+    "PluginError",
+    "Preparable",
+    "Probe",
+    "RequestError",
+    "SettingError",
+    "Site",
+    "SiteError",
+    "UnknownNameError",
+    "discover",
+    "hookimpl",
+    "hookspec",
+    "read_requests",
+]

@@ -1,0 +1,258 @@
+"""Commands that edit, ask, and handle saved edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kedit_core.cli import options
+from kedit_core.cli.options import echo_json, shorten, table
+from kedit_core.errors import PatchError, RequestError
+from kedit_core.plugins import discover
+
+if TYPE_CHECKING:
+    from kedit_core.editing import EditSession, SavedStack
+    from kedit_core.request import EditRequest
+
+NEW_TOKENS = 12
+
+Edits = Annotated[Path | None, typer.Option("--edits", help="Saved edits to put in force first.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of saved edits.")]
+Force = Annotated[bool, typer.Option(help="Load edits that were made on other weights.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(edit)
+    app.command()(ask)
+    app.command()(export)
+    stack = typer.Typer(help="Look at saved edits, and take the latest one out.")
+    stack.command()(show)
+    stack.command()(pop)
+    app.add_typer(stack, name="stack")
+
+
+def edit(
+    model: options.Model,
+    method: options.Method,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to complete, {} for the subject.")
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
+    target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
+    rephrase: Annotated[list[str] | None, typer.Option(help="Another way to ask.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="YAML, JSON or JSONL of requests.")] = None,
+    preset: options.Preset = None,
+    hparams: options.HparamsFile = None,
+    settings: options.Set = None,
+    overlay: Annotated[bool, typer.Option(help="Lay changes beside the weights.")] = False,
+    edits: Edits = None,
+    force: Force = False,
+    save: Annotated[Path | None, typer.Option(help="Folder to write all edits to.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    corpus: options.CorpusOption = "self",
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write facts into a model and show what changed."""
+    catalog = discover()
+    spec = catalog.method(method)
+    facts = _requests(prompt, subject, target, requests)
+    wanted = options.check_settings(catalog, spec, model, preset, hparams, settings)
+    if save is not None and save.exists() and save != edits:
+        raise PatchError(f"{save} exists already. Choose another folder, or add --edits {save}.")
+    _check_stack(edits)
+
+    session = options.open_session(
+        catalog,
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        corpus=corpus,
+    )
+    if edits is not None:
+        session.load(edits, force=force)
+    questions = [(fact.text, fact.target_new) for fact in facts]
+    questions += [(text, facts[0].target_new) for text in rephrase or ()]
+    before = _answers(session, questions)
+    outcome = session.edit(
+        spec, facts, preset=preset, file=hparams, hparams=wanted, overlay=overlay
+    )
+    after = _answers(session, questions)
+    if save is not None:
+        session.save(save)
+    if as_json:
+        return echo_json(
+            {
+                "method": spec.name,
+                "seconds": outcome.seconds,
+                "settings": outcome.settings.hparams.model_dump(mode="json"),
+                "origin": dict(outcome.settings.origin),
+                "saved": str(save) if save else None,
+                "answers": [
+                    {"prompt": prompt, "target": target, "before": old, "after": new}
+                    for (prompt, target), old, new in zip(questions, before, after, strict=True)
+                ],
+            }
+        )
+    rows = [
+        (
+            shorten(prompt, 60),
+            shorten(old["text"], 30),
+            shorten(new["text"], 30),
+            f"{old['probability']:.3f}",
+            f"{new['probability']:.3f}",
+        )
+        for (prompt, _), old, new in zip(questions, before, after, strict=True)
+    ]
+    header = ("prompt", "before", "after", "p(target) before", "after")
+    typer.echo(table(rows, header))
+    where = f"; saved in {save}" if save else "; not saved (add --save DIR)"
+    typer.echo(f"{spec.name}: {len(facts)} edit(s) in {outcome.seconds:.1f} s{where}.", err=True)
+
+
+def ask(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: options.Model,
+    edits: Edits = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 24,
+    force: Force = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show the model's greedy answer, without and with saved edits."""
+    from kedit_core.models import check
+
+    catalog = discover()
+    check(model, catalog)
+    _check_stack(edits)
+    session = options.open_session(
+        catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    answers = {"without": session.view().greedy(prompt, max_new_tokens)}
+    if edits is not None:
+        session.load(edits, force=force)
+        answers["with"] = session.view().greedy(prompt, max_new_tokens)
+    if as_json:
+        return echo_json({"prompt": prompt, **answers})
+    for name, text in answers.items():
+        typer.echo(f"{name + ' the edits:' if edits else 'answer:':18} {' '.join(text.split())}")
+
+
+def show(folder: Folder, as_json: options.Json = False) -> None:
+    """List the patches of saved edits, oldest first."""
+    saved = _read(folder)
+    if as_json:
+        return echo_json(
+            {
+                "model": saved.model,
+                "fingerprint": saved.fingerprint,
+                "patches": [
+                    {
+                        "method": patch.method,
+                        "plugin": patch.plugin,
+                        "overlay": overlay,
+                        "requests": [r.model_dump(mode="json") for r in patch.requests],
+                        "hparams": dict(patch.hparams),
+                        "touches": [d.site.parameter for d in patch.deltas],
+                    }
+                    for patch, overlay in saved.entries
+                ],
+            }
+        )
+    rows: list[tuple[Any, ...]] = []
+    for number, (patch, overlay) in enumerate(saved.entries):
+        for request in patch.requests or (None,):
+            fact = f"{request.text} → {request.target_new}" if request else ""
+            touched = ", ".join(d.site.parameter for d in patch.deltas)
+            rows.append((number, patch.method, shorten(fact, 70), touched, "yes" * overlay))
+    typer.echo(table(rows, ("#", "method", "fact", "changes", "overlay")))
+    typer.echo(f"{len(saved.entries)} patch(es) for {saved.model}.", err=True)
+
+
+def pop(folder: Folder) -> None:
+    """Take the latest patch out of saved edits."""
+    from kedit_core.stack import pop_saved
+
+    patch = pop_saved(folder)
+    facts = "; ".join(f"{r.text} → {r.target_new}" for r in patch.requests)
+    typer.echo(f"Taken out of {folder}: {patch.method}, {facts}", err=True)
+
+
+def export(
+    edits: Annotated[Path, typer.Argument(help="Folder of saved edits.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    model: options.Model,
+    to: Annotated[str, typer.Option(help="hf: a whole model. peft: a LoRA adapter.")] = "hf",
+    force: Force = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Write the edited model, or an adapter, for use without kedit."""
+    from kedit_core.models import check
+
+    if to not in ("hf", "peft"):
+        raise RequestError(f"--to {to!r}: give hf or peft.")
+    if out.exists():
+        raise PatchError(f"{out} exists already. Choose another folder.")
+    catalog = discover()
+    check(model, catalog)
+    _check_stack(edits)
+    session = options.open_session(
+        catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    session.load(edits, force=force)
+    from kedit_core.export import export_hf, export_peft
+
+    (export_hf if to == "hf" else export_peft)(session, out)
+    typer.echo(f"Written to {out}.", err=True)
+
+
+def _requests(
+    prompt: str | None, subject: str | None, target: str | None, file: Path | None
+) -> list[EditRequest]:
+    from kedit_core.request import EditRequest, read_requests
+
+    if file is not None:
+        if prompt or subject or target:
+            raise RequestError("Give --requests FILE, or one fact by --prompt and --target.")
+        return read_requests(file)
+    if prompt is None or target is None:
+        raise RequestError("Give --prompt, --subject and --target, or --requests FILE.")
+    return [EditRequest(prompt=prompt, subject=subject, target_new=target)]
+
+
+def _read(folder: Path) -> SavedStack:
+    from kedit_core.stack import read_stack
+
+    return read_stack(folder)
+
+
+def _check_stack(edits: Path | None) -> None:
+    """Find a missing folder before the model is loaded."""
+    if (
+        edits is not None
+        and not (edits / "stack.json").is_file()
+        and not (edits / "patch.json").is_file()
+    ):
+        raise PatchError(f"{edits} holds no saved edits.")
+
+
+def _answers(session: EditSession, questions: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    import math
+
+    prompts, targets = [p for p, _ in questions], [t for _, t in questions]
+    texts = session.view().greedy(prompts, max_new_tokens=NEW_TOKENS)
+    scores = session.view().score(prompts, targets)
+    return [
+        {"text": text, "probability": math.exp(sum(score.logprobs))}
+        for text, score in zip(texts, scores, strict=True)
+    ]

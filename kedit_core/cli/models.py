@@ -1,0 +1,107 @@
+"""Commands about models: what is in them, and what methods need beforehand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from kedit_core.cli import options
+from kedit_core.cli.options import echo_json, table
+from kedit_core.plugins import discover
+from kedit_core.spec import MethodSpec
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(prepare)
+    app.command()(inspect)
+
+
+def prepare(
+    model: options.Model,
+    method: options.Method,
+    preset: options.Preset = None,
+    hparams: options.HparamsFile = None,
+    settings: options.Set = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    corpus: options.CorpusOption = "self",
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Make ahead what a method would otherwise make at its first edit."""
+    catalog = discover()
+    spec = catalog.method(method)
+    wanted = options.check_settings(catalog, spec, model, preset, hparams, settings)
+    session = options.open_session(
+        catalog,
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        corpus=corpus,
+    )
+    session.prepare(spec, preset=preset, file=hparams, hparams=wanted)
+    typer.echo(f"{spec.name} is ready for {model}; kept in {session.artifacts.root}.", err=True)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Registered name, folder or hub id.")],
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what kedit finds in a model, what an edit takes, and which presets suit it."""
+    from kedit_core.models import check
+
+    catalog = discover()
+    check(model, catalog)
+    session = options.open_session(
+        catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    host = session.host
+    size = sum(p.numel() * p.element_size() for p in session.model.parameters())
+    sites = [b.mlp_out for b in host.blocks if b.mlp_out is not None]
+    facts: dict[str, Any] = {
+        "name": host.name,
+        "fingerprint": session.fingerprint,
+        "type": host.config.get("model_type"),
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "device": str(host.device),
+        "blocks": len(host.blocks),
+        "longest_input": host.max_length,
+        "weights_mb": round(size / 1e6, 1),
+        "pad_token": host.tokenizer.pad_token,
+    }
+    if sites:
+        weight = host.weight(sites[0])
+        out, width = weight.shape
+        facts["mlp_out_shape"] = [out, width]
+        facts["kept_per_edited_matrix_mb"] = round(weight.numel() * weight.element_size() / 1e6, 2)
+        facts["rank_one_patch_kb"] = round(4 * (out + width) / 1e3, 1)
+        facts["second_moment_mb"] = round(4 * width * width / 1e6, 1)
+    suited = _suited(catalog.all(MethodSpec), host.config)
+    if as_json:
+        return echo_json(facts | {"presets": suited, "anatomy": host.anatomy.describe()})
+    typer.echo(table(list(facts.items()), ("what", "value")))
+    typer.echo("\n" + host.anatomy.describe())
+    rows = [(s["method"], s["preset"], s["layers"], s["source"]) for s in suited]
+    typer.echo("\n" + table(rows, ("method", "preset that suits", "layers", "source")))
+
+
+def _suited(specs: list[MethodSpec], config: dict[str, Any]) -> list[dict[str, Any]]:
+    from kedit_core.hparams import presets_of
+
+    return [
+        {
+            "method": spec.name,
+            "preset": preset.name,
+            "layers": preset.settings.get("layers", preset.settings.get("layer")),
+            "source": preset.source,
+        }
+        for spec in specs
+        for preset in presets_of(spec)
+        if preset.suits(config)
+    ]

@@ -1,0 +1,312 @@
+"""`ModelHost`: a model, its tokenizer, and where things are in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy
+from kedit_core.effects import Wrapper
+from kedit_core.errors import ModelError, SiteError
+from kedit_core.models import config_facts, locate
+from kedit_core.plugins import Catalog, discover
+from kedit_core.sites import Site
+from kedit_core.spec import ArchitectureSpec
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 256  # values of each parameter that enter the fingerprint
+
+
+class ModelHost:
+    """A model and its tokenizer, addressed by structure.
+
+    Args:
+        model: a `transformers` model, causal or encoder-decoder; it is put into eval mode.
+        tokenizer: its fast tokenizer; never changed.
+        name: how messages call the model.
+        override: templates for `find_anatomy`, where structure alone does not tell.
+
+    Raises:
+        ModelError: the tokenizer gives no character offsets.
+        SiteError: no blocks are found.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "model",
+        override: Mapping[str, str] | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"The tokenizer of {name} gives no character offsets. Load its fast version."
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy: Anatomy = find_anatomy(model, override)
+        self._accepts = set(inspect.signature(model.forward).parameters)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        catalog: Catalog | None = None,
+    ) -> ModelHost:
+        """Load a registered model, a folder or a hub id.
+
+        Args:
+            name: a name from `kedit list-models`, a folder, or a hub id.
+            device: where to put it; "auto" spreads it with accelerate; by default the
+                accelerator if there is one.
+            dtype: "auto" keeps the checkpoint's type.
+            trust_remote_code: run code that comes with the model.
+            catalog: the installed plugins, if they are known already.
+
+        Raises:
+            ModelError: it cannot be found or loaded; says what is missing.
+        """
+        from transformers import AutoTokenizer
+
+        catalog = catalog or discover()
+        folder = locate(name, catalog)
+        wanted = _dtype(dtype)
+        where = device or _default_device()
+        if where != "auto" and isinstance(wanted, torch.dtype):
+            _check_arithmetic(torch.device(where), wanted)
+        options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
+        if where == "auto":
+            options["device_map"] = "auto"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = _load_weights(folder, options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ModelError(f"The model '{name}' cannot be loaded: {first}") from error
+        if where != "auto":
+            model.to(torch.device(where))  # type: ignore[arg-type]
+        return cls(model, tokenizer, name, _override(catalog, model.config.to_dict()))
+
+    # -- structure ------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> tuple[BlockAnatomy, ...]:
+        """The decoder blocks."""
+        return self.anatomy.blocks
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config as a mapping, to choose presets."""
+        return config_facts(self.model.config.to_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.module(self.anatomy.embedding).weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.dtype
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest input in tokens, or None if the config does not say."""
+        config = self.model.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            if isinstance(getattr(config, name, None), int):
+                return int(getattr(config, name))
+        return None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the model's forward has an argument of this name."""
+        return argument in self._accepts
+
+    def block(self, layer: int) -> BlockAnatomy:
+        """Anatomy of block `layer`, counted from 0.
+
+        Raises:
+            SiteError: there is no such block.
+        """
+        if not 0 <= layer < len(self.blocks):
+            raise SiteError(
+                f"Layer {layer} does not exist: {self.name} has {len(self.blocks)} blocks (0 to "
+                f"{len(self.blocks) - 1}). Set another layer, or choose a preset made for this "
+                f"model with `kedit presets METHOD`."
+            )
+        return self.blocks[layer]
+
+    def mlp_out(self, layer: int) -> Site:
+        """The matrix by which the MLP of block `layer` writes into the residual stream.
+
+        Raises:
+            SiteError: no such block, or the block has no single such matrix.
+        """
+        site = self.block(layer).mlp_out
+        if site is None:
+            what = "routed experts" if self.blocks[layer].experts else "no MLP"
+            raise SiteError(
+                f"Block {layer} of {self.name} has {what} and so no single MLP output matrix. "
+                f"Choose a layer with an ordinary MLP (see `kedit inspect`)."
+            )
+        return site
+
+    def module(self, path: str) -> nn.Module:
+        """The module at `path`; names resolve through wrappers to what they wrap."""
+        current: nn.Module = self.model
+        for part in path.split(".") if path else ():
+            current = _child(current, part, path, self.name)
+        return current
+
+    def base_module(self, path: str) -> nn.Module:
+        """As `module`, with the wrappers round the module itself taken off."""
+        found = self.module(path)
+        while isinstance(found, Wrapper):
+            found = found.base
+        return found
+
+    def stored(self, site: Site) -> Tensor:
+        """The parameter that holds the matrix, whatever it is stored as.
+
+        Raises:
+            SiteError: it does not exist, or is offloaded.
+        """
+        module = self.base_module(site.module)
+        found = getattr(module, site.parameter.rpartition(".")[2], None)
+        if not isinstance(found, Tensor):
+            raise SiteError(f"{self.name} has no parameter '{site.parameter}'.")
+        if found.is_meta:
+            raise SiteError(f"'{site.parameter}' is offloaded; load the model without offloading.")
+        return found
+
+    def parameter(self, site: Site) -> Tensor:
+        """As `stored`, for parameters that can be changed in place.
+
+        Raises:
+            SiteError: also where it holds no plain floating-point matrix.
+        """
+        found = self.stored(site)
+        if not found.is_floating_point() or found.ndim != (2 if site.expert is None else 3):
+            raise SiteError(
+                f"'{site.parameter}' is quantised ({found.dtype}) and cannot be changed in place. "
+                f"Use an overlay (`--overlay`)."
+            )
+        return found
+
+    def weight(self, site: Site) -> Tensor:
+        """The matrix (d_out, d_in) in its own type, sharing memory with the model."""
+        return site.view(self.parameter(site).detach())
+
+    @contextlib.contextmanager
+    def scratch(self, *sites: Site) -> Iterator[None]:
+        """Let a method write to these matrices; afterwards their bits are as before."""
+        parameters = {site.parameter: self.parameter(site) for site in sites}
+        saved = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+
+    # -- identity -------------------------------------------------------------------------
+
+    def checksum(self, site: Site) -> str:
+        """SHA-256 of the parameter's bytes, type and shape."""
+        parameter = self.stored(site).detach()
+        digest = hashlib.sha256(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(_bytes(parameter))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Short name for config and weights together: a hash of the config and of values
+        spread over every parameter.
+
+        Any edit of a matrix changes it.  To be taken of the unedited model; `EditSession` does.
+        """
+        config = self.model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "use_cache"):
+            config.pop(key, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            if not parameter.is_meta:
+                flat = parameter.detach().reshape(-1)
+                step = max(1, flat.numel() // _SAMPLES)
+                digest.update(_bytes(flat[::step]))
+        return digest.hexdigest()[:16]
+
+
+def _child(current: nn.Module, part: str, path: str, name: str) -> nn.Module:
+    while True:
+        found = current._modules.get(part)
+        if found is not None:
+            return found
+        if not isinstance(current, Wrapper):
+            raise SiteError(f"{name} has no module '{path}': '{part}' is missing.")
+        current = current.base
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def _default_device() -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"'{dtype}' is no type for weights. Use float32, bfloat16 or float16.")
+    return found
+
+
+def _check_arithmetic(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a type that the device cannot multiply, before any weight is read."""
+    try:
+        x = torch.ones(2, 2, device=device, dtype=dtype)
+        torch.nn.functional.linear(x, x)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        problem = str(error).splitlines()[0]
+        raise ModelError(
+            f"This machine cannot compute in {dtype} on {device} ({problem}). Use --dtype float32."
+        ) from None
+
+
+def _load_weights(folder: str, options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(folder, config=config, **options)
+
+
+def _override(catalog: Catalog, config: Mapping[str, Any]) -> Mapping[str, str] | None:
+    for spec in catalog.all(ArchitectureSpec):
+        if spec.config and all(config.get(k) == v for k, v in spec.config.items()):
+            return spec.load()
+    return None

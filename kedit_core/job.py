@@ -1,0 +1,45 @@
+"""`EditJob`: what a method is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kedit_core.artifacts import ArtifactStore
+from kedit_core.corpus import Corpus
+from kedit_core.host import ModelHost
+from kedit_core.request import EditRequest
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """One call of a method.
+
+    Attributes:
+        host: the model with all earlier edits in force.  Weights are frozen; hooks, flags and
+            gradients that a method leaves behind are cleaned up after it.
+        requests: the facts to write; as many as the method's spec allows.
+        artifacts: where dear things are kept.
+        fingerprint: of the unedited model, for artifact keys.
+        corpus: text for statistics.
+        seed: from which `generator` makes the random numbers.
+        state: what the method's latest patch in this session left, or nothing.
+        unedited: a context in which the model is as it was before any edit.
+    """
+
+    host: ModelHost
+    requests: tuple[EditRequest, ...]
+    artifacts: ArtifactStore
+    fingerprint: str
+    corpus: Corpus
+    seed: int
+    unedited: Callable[[], AbstractContextManager[None]]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator for this job's seed."""
+        return torch.Generator().manual_seed(self.seed)

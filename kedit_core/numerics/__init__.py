@@ -1,0 +1,1 @@
+"""Numerics that methods share.  Nothing here carries a method's name."""

@@ -1,0 +1,259 @@
+"""What is asked of an edit: requests, probes, cases, and files of requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from kedit_core.errors import RequestError, did_you_mean
+
+SLOT = "{}"
+
+_BETWEEN = re.compile(r"[\s,]*")  # what stands between the items of a JSON list
+
+
+class _Record(BaseModel):
+    """A frozen pydantic model whose errors are one sentence for the user."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except pydantic.ValidationError as error:
+            raise RequestError(_first_problem(type(self), error)) from None
+
+
+def _first_problem(record: type[BaseModel], error: pydantic.ValidationError) -> str:
+    what = {"EditRequest": "edit request", "EditCase": "case"}.get(record.__name__, "probe")
+    problems = error.errors()
+    # A misspelt key first: it is also the reason why another one is missing.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown key '{where}' in the {what}. {did_you_mean(where, record.model_fields)}"
+    if problem["type"] == "missing":
+        return f"The {what} lacks '{where}'."
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if not where else f"'{where}' of the {what}: {message}."
+
+
+class EditRequest(_Record):
+    """One fact to write.
+
+    The prompt holds the subject verbatim once, or `{}` in its place.  Other braces are text.
+
+    Attributes:
+        id: name of the request; by default a hash of its content.
+        prompt: the text whose continuation should become `target_new`.
+        subject: what the fact is about; None for methods that need no subject.
+        target_new: the wanted answer, without the space before it.
+        ground_truth: the former answer or answers, empty if unknown.
+
+    Raises:
+        RequestError: the subject is missing from the prompt, stands there twice without a `{}`
+            to mark which one is meant, or a text is empty.
+    """
+
+    prompt: str
+    subject: str | None = None
+    target_new: str
+    ground_truth: tuple[str, ...] = ()
+    id: str = ""
+
+    @field_validator("ground_truth", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @model_validator(mode="after")
+    def _check(self) -> EditRequest:
+        here = f"the prompt {self.prompt!r}"
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty. Give the text that the new fact completes.")
+        if not self.target_new.strip():
+            raise ValueError(f"The target of {here} is empty. Give the answer to write.")
+        if self.subject is not None and not self.subject.strip():
+            raise ValueError(f"The subject of {here} is empty. Leave it out or name it.")
+        slots = self.prompt.count(SLOT)
+        if slots > 1:
+            raise ValueError(f"{{}} stands {slots} times in {here}. Mark the subject once.")
+        if slots == 1 and self.subject is None:
+            raise ValueError(f"{{}} stands in {here}, but no subject is given to put there.")
+        if slots == 0 and self.subject is not None:
+            times = self.prompt.count(self.subject)
+            if times == 0:
+                raise ValueError(
+                    f"The subject {self.subject!r} is not in {here}. Write it there exactly, or "
+                    f"put {{}} in its place."
+                )
+            if times > 1:
+                raise ValueError(
+                    f"The subject {self.subject!r} stands {times} times in {here}. Put {{}} in "
+                    f"place of the one that is meant."
+                )
+        if not self.id:
+            content = json.dumps([self.prompt, self.subject, self.target_new])
+            object.__setattr__(self, "id", hashlib.sha256(content.encode()).hexdigest()[:12])
+        return self
+
+    @property
+    def before(self) -> str:
+        """The prompt's text before the subject; the whole prompt if there is no subject."""
+        return self._parts()[0]
+
+    @property
+    def after(self) -> str:
+        """The prompt's text after the subject."""
+        return self._parts()[1]
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its place."""
+        before, after = self._parts()
+        return before + (self.subject or "") + after
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Characters [start, end) of the subject in `text`.
+
+        Raises:
+            RequestError: the request has no subject.
+        """
+        if self.subject is None:
+            raise RequestError(f"The request {self.text!r} has no subject, and one is needed here.")
+        start = len(self.before)
+        return start, start + len(self.subject)
+
+    def _parts(self) -> tuple[str, str]:
+        if self.subject is None:
+            return self.prompt, ""
+        mark = SLOT if SLOT in self.prompt else self.subject
+        before, _, after = self.prompt.partition(mark)
+        return before, after
+
+
+class Probe(_Record):
+    """One question about an edited model.
+
+    Attributes:
+        kind: rewrite, rephrase, locality, portability or a dataset's own kind.
+        name: family within the kind, for example `neighborhood` or `one_hop`.
+        prompt: full text.
+        expected: accepted answers; the best one counts.
+        options: whatever its metric needs beyond that.
+    """
+
+    kind: str
+    name: str = ""
+    prompt: str
+    expected: tuple[str, ...] = ()
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("expected", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class EditCase(_Record):
+    """A request, its probes, and what the dataset says of it in `meta`."""
+
+    request: EditRequest
+    probes: tuple[Probe, ...] = ()
+    meta: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+def read_requests(path: Path) -> list[EditRequest]:
+    """The requests of a YAML or JSON list, or of JSON lines.
+
+    Raises:
+        RequestError: the file cannot be read, or a record is malformed; with its line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
+    except FileNotFoundError:
+        raise RequestError(f"The requests file {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The requests file {path} cannot be read: {error}.") from None
+    read = {".jsonl": _json_lines, ".json": _json_list}.get(path.suffix.lower(), _yaml_list)
+    requests = []
+    for line, record in read(path, text):
+        if not isinstance(record, dict):
+            raise RequestError(f"{path}, line {line}: a request is a mapping, not {record!r}.")
+        if not all(isinstance(key, str) for key in record):
+            raise RequestError(f"{path}, line {line}: the keys of a request are words.")
+        try:
+            requests.append(EditRequest(**record))
+        except RequestError as error:
+            raise RequestError(f"{path}, line {line}: {error}") from None
+    if not requests:
+        raise RequestError(f"The requests file {path} holds no request.")
+    return requests
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RequestError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+
+
+def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON list with their lines."""
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    if not isinstance(records, list):
+        raise _no_list(path)
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
+    line += text.count("\n", 0, at)
+    for record in records:
+        start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+        line += text.count("\n", at, start)
+        yield line, record
+        end = decoder.raw_decode(text, start)[1]
+        line, at = line + text.count("\n", start, end), end
+
+
+def _yaml_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Items of a YAML list with their lines."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RequestError(f"{path}{line}: not YAML ({_problem(error)}).") from None
+    if not isinstance(node, yaml.SequenceNode):
+        raise _no_list(path)
+    loader = yaml.SafeLoader("")
+    for item in node.value:
+        number = item.start_mark.line + 1
+        try:
+            yield number, loader.construct_object(item, deep=True)
+        except (yaml.YAMLError, ValueError) as error:  # an unknown tag, or 2024-13-45
+            raise RequestError(f"{path}, line {number}: not YAML ({_problem(error)}).") from None
+
+
+def _problem(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def _no_list(path: Path) -> RequestError:
+    return RequestError(
+        f"{path} is no list of requests. Begin each with '- prompt: …' and give it subject and "
+        f"target_new."
+    )

@@ -1,0 +1,384 @@
+"""`EditSession`: the only thing that changes a model, and that takes every change back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from kedit_core.artifacts import ArtifactStore
+from kedit_core.changes import Changes
+from kedit_core.corpus import Corpus
+from kedit_core.errors import EditError, PatchError, RequestError, SettingError
+from kedit_core.guard import untouched
+from kedit_core.hookspecs import EditFinished
+from kedit_core.host import ModelHost
+from kedit_core.hparams import HyperParams, Settings, resolve
+from kedit_core.job import EditJob
+from kedit_core.patch import Base, Patch
+from kedit_core.plugins import Catalog, discover
+from kedit_core.protocols import EditMethod, Preparable
+from kedit_core.request import EditRequest
+from kedit_core.spec import MethodSpec
+from kedit_core.stack import SavedStack, read_stack, write_stack
+from kedit_core.view import Comparison, ModelView
+
+
+@dataclass(frozen=True)
+class Savepoint:
+    """A place in a session's history to come back to."""
+
+    depth: int
+    top: Patch | None
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What an edit did.
+
+    Attributes:
+        patches: one per call of the method.
+        settings: the hyperparameters and where each value came from.
+        seconds: time of computing and applying, without loading the model.
+    """
+
+    patches: tuple[Patch, ...]
+    settings: Settings
+    seconds: float
+
+
+class EditSession:
+    """A model and the stack of patches in force on it.
+
+    Args:
+        host: the unedited model.
+        artifacts: where dear things are kept; by default kedit's cache folder.
+        corpus: text for statistics; by default the model writes its own.
+        seed: from which methods draw their random numbers.
+        catalog: the installed plugins, if they are known already.
+    """
+
+    def __init__(
+        self,
+        host: ModelHost,
+        *,
+        artifacts: ArtifactStore | None = None,
+        corpus: Corpus | None = None,
+        seed: int = 0,
+        catalog: Catalog | None = None,
+    ) -> None:
+        self.host = host
+        self.artifacts = artifacts or ArtifactStore()
+        self.corpus = corpus or Corpus()
+        self.seed = seed
+        self.catalog = catalog or discover()
+        self.fingerprint = host.fingerprint()
+        self._changes = Changes(host, self.catalog)
+
+    # -- looking --------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The edited `transformers` model itself."""
+        return self.host.model
+
+    @property
+    def stack(self) -> tuple[Patch, ...]:
+        """The patches in force, oldest first."""
+        return tuple(applied.patch for applied in self._changes.stack)
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether any patch is in force."""
+        return bool(self._changes.stack)
+
+    def is_overlay(self, index: int) -> bool:
+        """Whether the patch at this place of the stack lies over the weights."""
+        return self._changes.stack[index].overlay
+
+    def view(self) -> ModelView:
+        """The model as it answers with all edits in force; follows later changes."""
+        return ModelView(self.host, self._changes.calls)
+
+    def compare(self, prompts: Sequence[str], max_new_tokens: int = 12) -> list[Comparison]:
+        """Greedy answers without and with the edits, side by side."""
+        after = self.view().greedy(list(prompts), max_new_tokens=max_new_tokens)
+        with self.suspended():
+            before = self.view().greedy(list(prompts), max_new_tokens=max_new_tokens)
+        return [Comparison(p, b, a) for p, b, a in zip(prompts, before, after, strict=True)]
+
+    # -- editing --------------------------------------------------------------------------
+
+    def edit(
+        self,
+        method: str | MethodSpec,
+        requests: EditRequest | Iterable[EditRequest],
+        *,
+        preset: str | None = None,
+        file: Path | None = None,
+        hparams: Mapping[str, Any] | HyperParams | None = None,
+        overlay: bool = False,
+        seed: int | None = None,
+    ) -> EditOutcome:
+        """Compute the patches for the requests and put them in force: all of them or none.
+
+        Args:
+            method: a name from `kedit list-methods`, or a spec.
+            requests: what to write; sent to the method in batches of at most its `max_batch`.
+            preset: name of a preset; by default the one that suits the model.
+            file: YAML file of settings.
+            hparams: settings by name, or a complete `HyperParams`.
+            overlay: lay weight changes beside the weights instead of into them.
+            seed: instead of the session's.
+
+        Raises:
+            KEditError: anything the user can cause; the model is as it was before the call.
+        """
+        spec, settings = self._resolve(method, preset, file, hparams)
+        wanted = _as_tuple(requests)
+        _check_needs(spec, wanted)
+        started = time.perf_counter()
+        mark = self.savepoint()
+        implementation = cast(EditMethod, spec.load()(settings.hparams))
+        size = spec.max_batch or len(wanted)
+        try:
+            for start in range(0, len(wanted), size):
+                self._edit_batch(
+                    spec, implementation, settings, wanted[start : start + size], overlay, seed
+                )
+        except BaseException:
+            self.rollback(mark)
+            raise
+        patches = self.stack[mark.depth :]
+        return EditOutcome(patches, settings, time.perf_counter() - started)
+
+    @contextlib.contextmanager
+    def trial(
+        self,
+        method: str | MethodSpec,
+        requests: EditRequest | Iterable[EditRequest],
+        **options: Any,
+    ) -> Iterator[EditOutcome]:
+        """As `edit`, in force inside the block only."""
+        mark = self.savepoint()
+        outcome = self.edit(method, requests, **options)
+        try:
+            yield outcome
+        finally:
+            self.rollback(mark)
+
+    def prepare(
+        self,
+        method: str | MethodSpec,
+        *,
+        preset: str | None = None,
+        file: Path | None = None,
+        hparams: Mapping[str, Any] | HyperParams | None = None,
+    ) -> Settings:
+        """Make ahead what the method would otherwise make at its first edit.
+
+        Raises:
+            SettingError: the method has nothing to prepare.
+        """
+        spec, settings = self._resolve(method, preset, file, hparams)
+        implementation = spec.load()(settings.hparams)
+        if not isinstance(implementation, Preparable):
+            raise SettingError(f"{spec.name} has nothing to prepare.")
+        with self.suspended(), untouched(self.model, self.host.tokenizer):
+            implementation.prepare(self._job(spec, (), self.seed))
+        return settings
+
+    def _resolve(
+        self,
+        method: str | MethodSpec,
+        preset: str | None,
+        file: Path | None,
+        hparams: Mapping[str, Any] | HyperParams | None,
+    ) -> tuple[MethodSpec, Settings]:
+        spec = self.catalog.method(method) if isinstance(method, str) else method
+        if isinstance(hparams, HyperParams):
+            if preset or file:
+                raise SettingError("Give complete hyperparameters, or a preset and settings.")
+            return spec, Settings(hparams, dict.fromkeys(type(hparams).model_fields, "given"))
+        return spec, resolve(
+            spec, preset=preset, file=file, settings=hparams, config=self.host.config
+        )
+
+    def _job(self, spec: MethodSpec, requests: tuple[EditRequest, ...], seed: int) -> EditJob:
+        earlier = [p for p in self.stack if p.method == spec.name and p.state]
+        return EditJob(
+            host=self.host,
+            requests=requests,
+            artifacts=self.artifacts,
+            fingerprint=self.fingerprint,
+            corpus=self.corpus,
+            seed=seed,
+            unedited=self.suspended,
+            state=earlier[-1].state if earlier else {},
+        )
+
+    def _edit_batch(
+        self,
+        spec: MethodSpec,
+        method: EditMethod,
+        settings: Settings,
+        requests: tuple[EditRequest, ...],
+        overlay: bool,
+        seed: int | None,
+    ) -> None:
+        self._refuse_if_suspended()
+        started = time.perf_counter()
+        job = self._job(spec, requests, self.seed if seed is None else seed)
+        with untouched(self.model, self.host.tokenizer):
+            patch = method.edit(job)
+        try:
+            patch.check_finite()
+        except PatchError as error:
+            raise EditError(
+                f"{spec.name} computed numbers that are not finite ({error}) The model is "
+                f"unchanged. Lower the learning rate, or use float32 weights."
+            ) from None
+        patch = replace(
+            patch,
+            method=spec.name,
+            requests=requests,
+            hparams=settings.hparams.model_dump(mode="json"),
+            plugin=self._plugin_of(spec),
+            seed=job.seed,
+            base=self._base(patch),
+        )
+        self.apply(patch, overlay=overlay)
+        event = EditFinished(spec.name, requests, patch, time.perf_counter() - started)
+        self.catalog.notify("kedit_edit_finished", event)
+
+    def _base(self, patch: Patch) -> Base:
+        sites = {delta.site.parameter: delta.site for delta in patch.deltas}
+        checksums = {name: self.host.checksum(site) for name, site in sites.items()}
+        return Base(self.host.name, self.fingerprint, checksums)
+
+    def _plugin_of(self, spec: MethodSpec) -> str:
+        with contextlib.suppress(KeyError, IndexError, StopIteration):
+            info = self.catalog.plugin_of(spec)
+            return f"{info.distribution} {info.version}".strip()
+        return ""
+
+    def apply(self, patch: Patch, *, overlay: bool = False) -> None:
+        """Put a patch in force, wholly or not at all.
+
+        Raises:
+            PatchError, SiteError: it does not fit this model; nothing has changed.
+            EditError: the changed weights would not be finite; nothing has changed.
+        """
+        self._refuse_if_suspended()
+        self._changes.put(patch, overlay)
+
+    # -- taking them back -----------------------------------------------------------------
+
+    def savepoint(self) -> Savepoint:
+        """The present place in the history."""
+        stack = self.stack
+        return Savepoint(len(stack), stack[-1] if stack else None)
+
+    def rollback(self, mark: Savepoint | None = None) -> None:
+        """Take back every patch since `mark`, or all of them; bit for bit.
+
+        Raises:
+            EditError: the savepoint is no longer part of this session's history.
+        """
+        self._refuse_if_suspended()
+        depth = mark.depth if mark is not None else 0
+        stack = self.stack
+        if mark is not None and depth and (depth > len(stack) or stack[depth - 1] is not mark.top):
+            raise EditError("This savepoint was rolled back already.")
+        self._changes.take_back(depth)
+
+    def pop(self) -> Patch:
+        """Take back the latest patch and return it.
+
+        Raises:
+            EditError: no patch is in force.
+        """
+        self._refuse_if_suspended()
+        if not self.stack:
+            raise EditError("No edit is in force, so there is none to take back.")
+        patch = self.stack[-1]
+        self._changes.take_back(len(self.stack) - 1)
+        return patch
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """The unedited model inside the block, the edited one again after it."""
+        return self._changes.suspended()
+
+    def _refuse_if_suspended(self) -> None:
+        if self._changes.is_suspended:
+            raise EditError("The session is suspended; edit, save or roll back outside that block.")
+
+    # -- files ----------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write the stack as numbered patches and `stack.json`, whole or not at all.
+
+        Raises:
+            PatchError: the folder holds something else, or the disk refuses.
+        """
+        self._refuse_if_suspended()
+        entries = tuple((applied.patch, applied.overlay) for applied in self._changes.stack)
+        write_stack(folder, SavedStack(self.host.name, self.fingerprint, entries))
+
+    def load(self, folder: Path, *, force: bool = False, overlay: bool | None = None) -> None:
+        """Put saved edits in force: all of them or none.
+
+        Args:
+            folder: what `save` wrote, or a single patch.
+            force: also onto weights other than those that the patches were computed on.
+            overlay: instead of how each patch was in force when it was saved.
+
+        Raises:
+            PatchError: malformed, or made for other weights; nothing has changed.
+        """
+        self._refuse_if_suspended()
+        saved = read_stack(folder)
+        mark = self.savepoint()
+        try:
+            for patch, was_overlay in saved.entries:
+                if not force:
+                    self._check_base(patch)
+                self.apply(patch, overlay=was_overlay if overlay is None else overlay)
+        except BaseException:
+            self.rollback(mark)
+            raise
+
+    def _check_base(self, patch: Patch) -> None:
+        named = f"The {patch.method} patch was computed on other weights ({patch.base.name})"
+        if patch.base.fingerprint != self.fingerprint:
+            raise PatchError(
+                f"{named} than those of {self.host.name}; use force to load it anyway."
+            )
+        for delta in patch.deltas:
+            recorded = patch.base.checksums.get(delta.site.parameter)
+            if recorded != self.host.checksum(delta.site):
+                raise PatchError(
+                    f"{named}: {delta.site.parameter} has changed since; use force to load it "
+                    f"anyway."
+                )
+
+
+def _as_tuple(requests: EditRequest | Iterable[EditRequest]) -> tuple[EditRequest, ...]:
+    wanted = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
+    if not wanted:
+        raise RequestError("No request is given, so there is nothing to edit.")
+    return wanted
+
+
+def _check_needs(spec: MethodSpec, requests: Sequence[EditRequest]) -> None:
+    for request in requests:
+        if "subject" in spec.needs and request.subject is None:
+            raise RequestError(f"{spec.name} needs the subject of {request.text!r}.")
+        if "ground-truth" in spec.needs and not request.ground_truth:
+            raise RequestError(f"{spec.name} needs the former answer to {request.text!r}.")

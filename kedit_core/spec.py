@@ -1,0 +1,138 @@
+"""Descriptions that plugins register.  Plain data: nothing here imports what it describes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kedit_core.errors import PluginError
+
+Effect = Literal["weights", "modules", "calls"]
+Need = Literal["subject", "ground-truth", "training-data", "gradients", "float-weights"]
+
+
+def load_target(target: str) -> Any:
+    """The object that `"pkg.module:Name"` points to.
+
+    Raises:
+        PluginError: the module cannot be imported or lacks the name.
+    """
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a plugin's code runs here, and may fail in any way
+        hint = f" (install '{error.name}')" if isinstance(error, ModuleNotFoundError) else ""
+        raise PluginError(f"'{target}' cannot be imported: {error}{hint}.") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise PluginError(f"'{target}' does not exist in its module.") from error
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What all descriptions share.
+
+    Attributes:
+        name: what users type; unique among all installed plugins.
+        target: `"pkg.module:Name"` of what is described; imported at first use.
+        summary: one line for the lists.
+        paper: where it was published, for example `arXiv:2202.05262`.
+    """
+
+    name: str
+    target: str
+    summary: str
+    paper: str = ""
+
+    def load(self) -> Any:
+        """Import and return the target."""
+        return load_target(self.target)
+
+
+@dataclass(frozen=True)
+class MethodSpec(Spec):
+    """An editing method.
+
+    Attributes:
+        hparams: `"pkg.module:Class"` of its `HyperParams`.
+        effect: the kind of effect its patches have.
+        max_batch: requests that one call of `edit` takes: 1, n, or None for any number.
+        sequential: whether edits may follow one another in one session.
+        needs: what requests and models must offer.
+        presets: package (`"kedit_rome.presets"`) that holds the method's YAML presets.
+        variant_of: name of the method of which this is a setting, if any.
+        defaults: settings that make the variant; a preset, file or `--set` overrides them.
+    """
+
+    hparams: str = ""
+    effect: Effect = "weights"
+    max_batch: int | None = 1
+    sequential: bool = True
+    needs: frozenset[Need] = frozenset()
+    presets: str = ""
+    variant_of: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetSpec(Spec):
+    """A dataset adapter: target is a class with `cases(path)`.
+
+    Attributes:
+        licence: licence of the data.
+        needs_path: False where the data ships with the plugin.
+    """
+
+    licence: str = ""
+    needs_path: bool = True
+
+
+@dataclass(frozen=True)
+class MetricSpec(Spec):
+    """A metric; the name carries its protocol, for example `efficacy/teacher-forced@1`."""
+
+    unit: str = "share"
+
+
+@dataclass(frozen=True)
+class EffectSpec(Spec):
+    """A registered effect type of the kinds "module" or "call"; see `kedit_core.effects`."""
+
+    kind: Literal["module", "call"] = "module"
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec):
+    """A model that comes with a package: target is a function that returns its folder.
+
+    Attributes:
+        config: facts of the config that choose presets before any weight is read.
+        licence: licence of the weights.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec(Spec):
+    """Where things are in a model family that structure alone does not reveal.
+
+    Target is a mapping of templates for `kedit_core.anatomy.find_anatomy`; `config` holds the
+    config values (for example `{"model_type": "odd"}`) of the models that it is for.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExecutorSpec(Spec):
+    """Something that runs benchmark cells."""
+
+
+@dataclass(frozen=True)
+class CommandSpec(Spec):
+    """A command that joins `kedit`: target is a typer-compatible function."""

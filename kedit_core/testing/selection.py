@@ -1,0 +1,39 @@
+"""Which checks apply to a method: marks on check functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from kedit_core.spec import Effect
+
+F = TypeVar("F", bound=Callable[..., None])
+
+ALL_EFFECTS: frozenset[Effect] = frozenset({"weights", "modules", "calls"})
+
+
+def only_for(*effects: Effect) -> Callable[[F], F]:
+    """Decorator: the check is about methods with these kinds of effect only."""
+
+    def mark(function: F) -> F:
+        function.__dict__["effects"] = frozenset(effects)
+        return function
+
+    return mark
+
+
+def once(function: F) -> F:
+    """Decorator: the check does not depend on the model and runs for the first layout only."""
+    function.__dict__["once"] = True
+    return function
+
+
+def effects_of(function: Callable[..., None]) -> frozenset[Effect]:
+    """The kinds of effect that the check is for."""
+    found: frozenset[Effect] = function.__dict__.get("effects", ALL_EFFECTS)
+    return found
+
+
+def is_once(function: Callable[..., None]) -> bool:
+    """Whether the check runs for one layout only."""
+    return bool(function.__dict__.get("once", False))

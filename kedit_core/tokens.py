@@ -1,0 +1,236 @@
+"""From text to token rows and padded batches: the one place that knows tokenizers.
+
+Positions come from character offsets, so it does not matter whether a tokenizer adds BOS, marks
+words by a space, or pads on the left.  A target is encoded together with its prompt; its tokens
+are those that end after the prompt's last character.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kedit_core.errors import RequestError
+from kedit_core.host import ModelHost
+from kedit_core.request import EditRequest
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+
+# Scripts that put no space between words, by the first word of their characters' Unicode names.
+_SPACELESS = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "IDEOGRAPHIC"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and, for each, the characters [start, end) that it stands for."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a batch.
+
+    Attributes:
+        prompt: ids that are given.
+        targets: ids to predict after them.
+        mark: position of interest in `prompt`, counted from its first token.
+        merged: the first target token holds characters of the prompt too.
+    """
+
+    prompt: tuple[int, ...]
+    targets: tuple[int, ...] = ()
+    mark: int = -1
+    merged: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What a decoder reads: the last target is never read, only predicted."""
+        return self.prompt + self.targets[:-1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        offsets: for each row, the column of its first token.
+        rows: (labels,) row of each label, in the order of rows and tokens.
+        columns: (labels,) column whose logits predict it.
+        labels: (labels,) the token to predict.
+    """
+
+    inputs: dict[str, Tensor]
+    offsets: tuple[int, ...]
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+
+
+def separator(prompt: str, target: str) -> str:
+    """What to put between prompt and target: a space, or nothing where there is one already or
+    the target's script does without."""
+    if prompt[-1:].isspace() or target[:1].isspace() or not prompt:
+        return ""
+    script = unicodedata.name(target[0], "").split(" ")[0].split("-")[0]
+    return "" if script in _SPACELESS else " "
+
+
+def encode(host: ModelHost, text: str) -> Encoded:
+    """Tokens of a text with the special tokens that the model expects before it.
+
+    Raises:
+        RequestError: the text is longer than the model takes.
+    """
+    found = host.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
+    ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
+    if not host.is_encoder_decoder:
+        special = set(host.tokenizer.all_special_ids)
+        while ids and ids[-1] in special and spans[-1][0] == spans[-1][1]:
+            del ids[-1], spans[-1]
+    if host.max_length is not None and len(ids) > host.max_length:
+        raise RequestError(
+            f"The text {text[:40]!r}… has {len(ids)} tokens, and {host.name} takes at most "
+            f"{host.max_length}. Shorten it."
+        )
+    return Encoded(tuple(ids), tuple(spans))
+
+
+def join(host: ModelHost, prompt: str, target: str) -> Row:
+    """A prompt and its target as one row.
+
+    Raises:
+        RequestError: the two together are longer than the model takes.
+    """
+    if host.is_encoder_decoder:
+        targets = encode(host, target)
+        inner = [i for i, (a, b) in zip(targets.ids, targets.spans, strict=True) if b > a]
+        return Row(encode(host, prompt).ids, tuple(inner))
+    whole = encode(host, prompt + separator(prompt, target) + target)
+    start = next(n for n, (_, end) in enumerate(whole.spans) if end > len(prompt))
+    merged = whole.spans[start][0] < len(prompt)
+    return Row(whole.ids[:start], whole.ids[start:], merged=merged)
+
+
+def rewrite_row(
+    host: ModelHost, request: EditRequest, fact_token: FactToken = "subject_last", context: str = ""
+) -> Row:
+    """The request's prompt and target after a context, marked at its fact token.
+
+    Raises:
+        RequestError: too long, or a fact token of the subject is asked for and there is none.
+    """
+    row = join(host, context + request.text, request.target_new)
+    return replace(row, mark=fact_position(host, request, fact_token, context))
+
+
+def fact_position(
+    host: ModelHost, request: EditRequest, fact_token: FactToken = "subject_last", context: str = ""
+) -> int:
+    """Position of the fact token in the tokens of `context + request.text`."""
+    encoded = encode(host, context + request.text)
+    if fact_token == "last":
+        return len(encoded.ids) - 1
+    start, end = (len(context) + edge for edge in request.subject_span)
+    inside = [n for n, (a, b) in enumerate(encoded.spans) if b > a and a < end and b > start]
+    if fact_token == "subject_first":
+        return inside[0]
+    if fact_token == "subject_first_after_last":
+        return min(inside[-1] + 1, len(encoded.ids) - 1)
+    return inside[-1]
+
+
+def pad(host: ModelHost, rows: Sequence[Row], align: Sequence[int] | None = None) -> Batch:
+    """Put rows into one batch.
+
+    Args:
+        host: the model that will read it.
+        rows: at least one.
+        align: for each row a position; these come to stand in one column, so that rows are padded
+            on both sides.  By default rows begin at column 0 (padding on the right).
+    """
+    if host.is_encoder_decoder:
+        return _pad_encoder_decoder(host, rows)
+    starts = [0] * len(rows) if align is None else [max(align) - a for a in align]
+    width = max(start + len(row.ids) for start, row in zip(starts, rows, strict=True))
+    ids = torch.full((len(rows), width), pad_id(host))
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for n, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[n, start : start + len(row.ids)] = torch.tensor(row.ids)
+        mask[n, start : start + len(row.ids)] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if host.accepts("position_ids"):
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    columns = [
+        start + len(row.prompt) - 1 + t
+        for start, row in zip(starts, rows, strict=True)
+        for t in range(len(row.targets))
+    ]
+    return _batch(host, rows, inputs, tuple(starts), columns)
+
+
+def _pad_encoder_decoder(host: ModelHost, rows: Sequence[Row]) -> Batch:
+    start = host.model.config.decoder_start_token_id
+    decoder = [(start, *row.targets[:-1]) for row in rows]
+    ids, mask = _pad_right(host, [row.prompt for row in rows])
+    decoder_ids, decoder_mask = _pad_right(host, decoder)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": decoder_mask,
+    }
+    columns = [t for row in rows for t in range(len(row.targets))]
+    return _batch(host, rows, inputs, (0,) * len(rows), columns)
+
+
+def _pad_right(host: ModelHost, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id(host)] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def _batch(
+    host: ModelHost,
+    rows: Sequence[Row],
+    inputs: dict[str, Tensor],
+    offsets: tuple[int, ...],
+    columns: list[int],
+) -> Batch:
+    device = host.device
+    numbers = [n for n, row in enumerate(rows) for _ in row.targets]
+    labels = [token for row in rows for token in row.targets]
+    return Batch(
+        inputs={name: tensor.to(device) for name, tensor in inputs.items()},
+        offsets=offsets,
+        rows=torch.tensor(numbers, dtype=torch.long, device=device),
+        columns=torch.tensor(columns, dtype=torch.long, device=device),
+        labels=torch.tensor(labels, dtype=torch.long, device=device),
+    )
+
+
+def pad_id(host: ModelHost) -> int:
+    """A token to fill gaps with; masked everywhere, so any will do where none is defined."""
+    for candidate in (host.tokenizer.pad_token_id, host.tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of similar length, each of at most `max_tokens` with its padding."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Sorted, so this one is the longest of its group.
+        if not groups or (len(groups[-1]) + 1) * lengths[index] > max_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return groups

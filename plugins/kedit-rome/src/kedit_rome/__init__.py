@@ -1,0 +1,1 @@
+"""ROME and R-ROME for kedit."""

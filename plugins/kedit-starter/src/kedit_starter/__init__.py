@@ -1,0 +1,1 @@
+"""Starter facts: what SmolLM2-135M-Instruct knows, and what to tell it instead."""

@@ -1,0 +1,193 @@
+"""The starter facts: well formed, varied, and known to the real model."""
+
+import json
+from collections import Counter
+from importlib.resources import files
+
+import pytest
+from kedit_starter.check import Question, Reply, ask, begins_with, questions
+from kedit_starter.dataset import Starter
+
+from kedit_core import DataError, EditCase
+
+FIELDS = {
+    "id",
+    "relation",
+    "subject",
+    "prompt",
+    "answer",
+    "target_new",
+    "rephrases",
+    "neighborhood",
+    "portability",
+}
+TEXT = (files("kedit_starter") / "facts.jsonl").read_text(encoding="utf-8")
+FACTS = [json.loads(line) for line in TEXT.splitlines()]
+
+
+@pytest.fixture(params=FACTS, ids=[fact["id"] for fact in FACTS])
+def fact(request):
+    return request.param
+
+
+def test_facts_are_many_and_of_many_kinds():
+    relations = Counter(fact["relation"] for fact in FACTS)
+
+    assert len(FACTS) >= 150
+    assert len(relations) >= 20
+    assert max(relations.values()) <= 35
+    assert sum(fact["portability"] is not None for fact in FACTS) >= 60
+
+
+def test_subjects_stand_in_different_places():
+    starts = Counter(fact["prompt"].startswith("{}") for fact in FACTS)
+
+    assert starts[True] >= 15
+    assert starts[False] >= 20
+
+
+def test_ids_are_unique():
+    assert [name for name, n in Counter(f["id"] for f in FACTS).items() if n > 1] == []
+
+
+def test_no_question_is_a_fact_twice():
+    texts = Counter(fact["prompt"].replace("{}", fact["subject"]) for fact in FACTS)
+
+    assert [text for text, n in texts.items() if n > 1] == []
+
+
+def test_record_has_the_fields_of_the_format(fact):
+    assert fact.keys() == FIELDS
+    assert len(set(fact["rephrases"])) == 2
+    assert len({near["prompt"] for near in fact["neighborhood"]}) == 3
+
+
+def test_subject_stands_once_and_before_the_end_of_each_prompt(fact):
+    for prompt in (fact["prompt"], *fact["rephrases"]):
+        assert prompt.count("{}") == 1
+        assert prompt.replace("{}", fact["subject"]).count(fact["subject"]) == 1
+        assert not prompt.endswith("{}")
+        assert prompt == prompt.strip()
+
+
+def test_target_is_another_answer(fact):
+    target, answer = fact["target_new"].casefold(), fact["answer"].casefold()
+
+    assert target not in answer
+    assert answer not in target
+    assert target not in fact["subject"].casefold()
+
+
+def test_answer_is_not_in_any_prompt(fact):
+    for prompt in (fact["prompt"], *fact["rephrases"]):
+        assert fact["answer"] not in prompt.replace("{}", fact["subject"]).split()
+
+
+def test_neighbours_are_about_others_and_have_other_answers_than_the_target(fact):
+    for near in fact["neighborhood"]:
+        assert fact["subject"] not in near["prompt"]
+        assert near["answer"] != fact["target_new"]
+
+
+def test_consequence_names_the_subject_and_not_its_own_answer(fact):
+    hop = fact["portability"]
+    if hop is not None:
+        assert fact["subject"] in hop["prompt"]
+        assert hop["answer"] not in hop["prompt"]
+
+
+def test_cases_carry_all_records():
+    cases = list(Starter().cases())
+
+    assert all(isinstance(case, EditCase) for case in cases)
+    assert [case.request.id for case in cases] == [fact["id"] for fact in FACTS]
+    for case, fact in zip(cases, FACTS, strict=True):
+        kinds = Counter(probe.kind for probe in case.probes)
+        assert kinds["rephrase"] == 2
+        assert kinds["locality"] == 3
+        assert kinds["portability"] == (fact["portability"] is not None)
+        assert case.request.ground_truth == (fact["answer"],)
+        assert case.meta == {"relation": fact["relation"]}
+
+
+def test_rephrasings_expect_the_target():
+    case = next(Starter().cases())
+
+    expected = {probe.expected for probe in case.probes if probe.kind == "rephrase"}
+
+    assert expected == {(case.request.target_new,)}
+
+
+def test_own_file_is_read(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(FACTS[3]) + "\n", encoding="utf-8")
+
+    assert [case.request.id for case in Starter().cases(file)] == [FACTS[3]["id"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2 is not a fact"),
+        ("[]", "line 2 is not a fact"),
+        ('{"id": "x", "subject": "y"}', "line 2: the fact lacks 'target_new'"),
+        (json.dumps(FACTS[0] | {"subject": ""}), "line 2 is not a fact: The subject .* is empty"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path, line, problem):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(FACTS[0]) + "\n" + line + "\n", encoding="utf-8")
+
+    with pytest.raises(DataError, match=problem):
+        list(Starter().cases(file))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read"):
+        list(Starter().cases(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" Paris, France", True),
+        ("Paris", True),
+        (" Parisian", False),
+        (" the city of Paris", False),
+        ("", False),
+    ],
+)
+def test_text_begins_with_the_answer_up_to_a_words_end(text, right):
+    assert begins_with(text, "Paris") is right
+
+
+def test_questions_ask_for_what_is_true_now():
+    case = next(Starter().cases())
+
+    asked = questions([case])
+
+    assert Counter(question.kind for question in asked) == {
+        "prompt": 1,
+        "rephrase": 2,
+        "neighborhood": 3,
+    }
+    assert case.request.target_new not in {a for question in asked for a in question.answers}
+
+
+def test_any_of_several_answers_is_right():
+    question = Question("id", "relation", "prompt", "The king of", ("Spain", "Sweden"))
+
+    assert Reply(question, " Sweden.").is_right
+    assert not Reply(question, " Norway.").is_right
+
+
+@pytest.mark.real
+def test_real_model_knows_a_sample_of_the_facts():
+    from kedit_core.editing import EditSession, ModelHost
+
+    sample = list(Starter().cases())[:: max(1, len(FACTS) // 20)]
+
+    replies = ask(EditSession(ModelHost.load("smollm2-135m")).view(), questions(sample))
+
+    wrong = [(r.question.prompt, r.text) for r in replies if not r.is_right]
+    assert wrong == []

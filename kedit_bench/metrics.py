@@ -36,11 +36,13 @@ class ProbeMetric:
         name: id of the metric.
         kind: kind of the probes that count.
         score_probe: value of one probe from its answers before and after.
+        needs_expected: whether a probe without an expected answer is left out.
     """
 
     name: str
     kind: str
     score_probe: Callable[[Probe, Answer, Answer], float]
+    needs_expected: bool = True
 
     def score(
         self, case: EditCase, before: Sequence[Answer], after: Sequence[Answer]
@@ -52,7 +54,7 @@ class ProbeMetric:
         values = [
             self.score_probe(probe, old, new)
             for probe, old, new in zip(probes_of(case), before, after, strict=True)
-            if probe.kind == self.kind
+            if probe.kind == self.kind and (probe.expected or not self.needs_expected)
         ]
         return {self.name: sum(values) / len(values)} if values else {}
 
@@ -93,8 +95,13 @@ def _words(text: str) -> list[str]:
     return [word.strip(".,;:!?\"'()").casefold() for word in text.split()]
 
 
-def _metric(kind: str, protocol: str, score: Callable[[Probe, Answer, Answer], float]) -> partial:
-    return partial(ProbeMetric, f"{kind}/{protocol}@1", KINDS[kind], score)
+def _metric(
+    kind: str,
+    protocol: str,
+    score: Callable[[Probe, Answer, Answer], float],
+    needs_expected: bool = True,
+) -> partial:
+    return partial(ProbeMetric, f"{kind}/{protocol}@1", KINDS[kind], score, needs_expected)
 
 
 efficacy_teacher_forced = _metric("efficacy", "teacher-forced", token_accuracy)
@@ -102,6 +109,6 @@ efficacy_greedy = _metric("efficacy", "greedy", answered)
 generalization_teacher_forced = _metric("generalization", "teacher-forced", token_accuracy)
 generalization_greedy = _metric("generalization", "greedy", answered)
 locality_teacher_forced = _metric("locality", "teacher-forced", same_tokens)
-locality_greedy = _metric("locality", "greedy", same_answer)
+locality_greedy = _metric("locality", "greedy", same_answer, needs_expected=False)
 portability_teacher_forced = _metric("portability", "teacher-forced", token_accuracy)
 portability_greedy = _metric("portability", "greedy", answered)

@@ -48,13 +48,15 @@ class Mean:
 
 def ask(view: ModelView, probes: Sequence[Probe]) -> tuple[Answer, ...]:
     """A view's greedy text and its reading of every accepted answer, for each probe."""
-    prompts = [probe.prompt for probe in probes]
-    texts = view.greedy(prompts, max_new_tokens=NEW_TOKENS)
-    pairs = [(probe.prompt, answer) for probe in probes for answer in probe.expected]
-    scores = iter(view.score([p for p, _ in pairs], [a for _, a in pairs]) if pairs else ())
+    # Neighbouring prompts recur among cases; each is asked once.
+    prompts = list(dict.fromkeys(probe.prompt for probe in probes))
+    texts = dict(zip(prompts, view.greedy(prompts, max_new_tokens=NEW_TOKENS), strict=True))
+    pairs = list(dict.fromkeys((p.prompt, answer) for p in probes for answer in p.expected))
+    read = view.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    scores = dict(zip(pairs, read, strict=True))
     return tuple(
-        Answer(probe.prompt, text, tuple(next(scores) for _ in probe.expected))
-        for probe, text in zip(probes, texts, strict=True)
+        Answer(p.prompt, texts[p.prompt], tuple(scores[p.prompt, answer] for answer in p.expected))
+        for p in probes
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kedit_core.effects import CallMiddleware, Effect, ModuleSwap, WeightDelta, Wrapper
-from kedit_core.errors import EditError, PatchError
+from kedit_core.effects import CallEffect, CallMiddleware, Effect, ModuleSwap, WeightDelta, Wrapper
+from kedit_core.errors import EditError, KEditError, PatchError
 from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
 from kedit_core.plugins import Catalog
@@ -79,6 +79,8 @@ class Changes:
         if spec.kind != kind:
             raise PatchError(f"The effect type '{effect.type}' is of kind {spec.kind}, not {kind}.")
         if isinstance(effect, ModuleSwap):
+            if not effect.path:
+                raise PatchError("The whole model cannot be wrapped; name one of its modules.")
             self.host.module(effect.path)
 
     def _shape(self, site: Site, overlay: bool) -> tuple[int, int]:
@@ -87,6 +89,8 @@ class Changes:
         if site.expert is not None:
             raise PatchError("One expert of a stacked parameter cannot be overlaid.")
         module = self.host.base_module(site.module)
+        if isinstance(module, nn.Embedding):
+            raise PatchError(f"{site.parameter} is a table of embeddings and cannot be overlaid.")
         if isinstance(module, nn.Linear):
             return module.out_features, module.in_features
         return cast(tuple[int, int], tuple(self.host.weight(site).shape))
@@ -104,20 +108,30 @@ class Changes:
             while name not in parent._modules and isinstance(parent, Wrapper):
                 parent = parent.base
             original = cast(nn.Module, parent._modules[name])
-            wrapper = (
-                self.catalog.effect(effect.type).load().build(original, effect.config, effect.state)
-            )
+            wrapper = self._build(effect, original)
             wrapper.train(original.training)
             applied.swaps.append((parent, name, original, wrapper))
             parent._modules[name] = wrapper
         else:
-            kind = self.catalog.effect(effect.type).load()
-            applied.calls.append(kind.build(effect.config, effect.state))
+            applied.calls.append(self._build(effect))
+
+    def _build(self, effect: ModuleSwap | CallEffect, *base: nn.Module) -> Any:
+        kind = self.catalog.effect(effect.type).load()
+        try:
+            return kind.build(*base, effect.config, effect.state)
+        except KEditError:
+            raise
+        except Exception as error:  # config and state may come from a file
+            raise PatchError(
+                f"The effect type '{effect.type}' cannot be built from what the patch holds "
+                f"({error!r})."
+            ) from error
 
     def _add(self, delta: WeightDelta) -> None:
         """Add in float32 (or wider), cast to the weight's type; the original is kept."""
-        parameter = self.host.parameter(delta.site)
-        self._snapshots.setdefault(delta.site.parameter, parameter.detach().clone())
+        name = self._name(delta.site)
+        if name not in self._snapshots:
+            self._snapshots[name] = self.host.parameter(delta.site).detach().clone()
         matrix = self.host.weight(delta.site)
         wide = torch.promote_types(matrix.dtype, torch.float32)
         changed = (matrix.to(wide) + delta.dense().to(matrix.device, wide)).to(matrix.dtype)
@@ -128,6 +142,12 @@ class Changes:
             )
         with torch.no_grad():
             matrix.copy_(changed)
+
+    def _name(self, site: Site) -> str:
+        """Name under which the original is kept: a tied weight has several, one is enough."""
+        stored = self.host.stored(site)
+        known = (name for name in self._snapshots if self.host.stored(Site(name)) is stored)
+        return next(known, site.parameter)
 
     def _overlay_hook(self, delta: WeightDelta) -> Any:
         def add_product(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -148,14 +168,14 @@ class Changes:
             for parent, name, original, _ in reversed(applied.swaps):
                 parent._modules[name] = original
         touched = {
-            d.site.parameter: d.site for a in removed if not a.overlay for d in a.patch.deltas
+            self._name(d.site): d.site for a in removed if not a.overlay for d in a.patch.deltas
         }
         for name, site in touched.items():
             if name not in self._snapshots:
                 continue
             with torch.no_grad():
                 self.host.parameter(site).copy_(self._snapshots[name])
-            kept = [d for d in self._in_place() if d.site.parameter == name]
+            kept = [d for d in self._in_place() if self._name(d.site) == name]
             if not kept:
                 del self._snapshots[name]
             for delta in kept:
@@ -170,7 +190,7 @@ class Changes:
         if self.is_suspended:
             yield
             return
-        sites = {d.site.parameter: d.site for d in self._in_place()}
+        sites = {self._name(d.site): d.site for d in self._in_place()}
         wrappers = [wrapper for a in self.stack for *_, wrapper in a.swaps]
         edited: dict[str, Tensor] = {}
         self.is_suspended = True

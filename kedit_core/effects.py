@@ -123,6 +123,18 @@ class Wrapper(nn.Module):
         self.base = base
         self.passes_through = False
 
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of the module itself, such as `weight.dtype`, the base answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+        wrapped = self.base
+        while isinstance(wrapped, Wrapper):
+            wrapped = wrapped.base
+        return getattr(wrapped, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base(*args, **kwargs)
         return output if self.passes_through else self.change(output, *args, **kwargs)

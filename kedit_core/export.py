@@ -167,7 +167,9 @@ def _write_adapter(session: EditSession, folder: Path) -> None:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise PatchError("An adapter is written with the package 'peft': pip install peft.") from None
+        raise PatchError(
+            "An adapter is written with the package 'peft': pip install peft."
+        ) from None
     host = session.host
     factors = _factors(session)
     ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
@@ -258,7 +260,8 @@ def _refuse_shared(host: ModelHost, number: int, patch: Patch, site: Site) -> No
     if len(names) > 1:
         raise PatchError(
             f"{_named(number, patch)} changes {site.parameter}, which is shared by "
-            f"{' and '.join(names)}; only an edit in place can be exported, and only with `--to hf`."
+            f"{' and '.join(names)}. Such an edit can only be exported if it is in place, with "
+            f"`--to hf`."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from kedit_core.host import ModelHost
 from kedit_core.tokens import Batch
@@ -33,6 +34,20 @@ def label_logits(host: ModelHost, batch: Batch) -> Tensor:
     """Logits that predict the batch's labels: (labels, vocabulary)."""
     with head_only_at(host, batch.rows, batch.columns):
         return host.model(**batch.inputs, use_cache=False).logits[0]
+
+
+@contextlib.contextmanager
+def only_config(host: ModelHost, config: GenerationConfig) -> Iterator[None]:
+    """Inside the block `generate` fills no gaps of `config` from the model's own settings.
+
+    Those may end a text early, forbid tokens or repetitions, or sample.
+    """
+    own = host.model.generation_config
+    host.model.generation_config = config
+    try:
+        yield
+    finally:
+        host.model.generation_config = own
 
 
 class _Seen(Exception):

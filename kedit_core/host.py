@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy
 from kedit_core.effects import Wrapper
@@ -24,6 +25,7 @@ from kedit_core.spec import ArchitectureSpec
 
 log = logging.getLogger(__name__)
 
+_CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 _SAMPLES = 256  # values of each parameter that enter the fingerprint
 
 
@@ -81,25 +83,25 @@ class ModelHost:
         Raises:
             ModelError: it cannot be found or loaded; says what is missing.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         catalog = catalog or discover()
         folder = locate(name, catalog)
         wanted = _dtype(dtype)
-        where = device or _default_device()
-        if where != "auto" and isinstance(wanted, torch.dtype):
-            _check_arithmetic(torch.device(where), wanted)
-        options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
-        if where == "auto":
-            options["device_map"] = "auto"
+        where = None if device == "auto" else _device(device)
+        remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = _load_weights(folder, options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
+            config = AutoConfig.from_pretrained(folder, **remote)
+            if where is not None:
+                _check_arithmetic(where, config.dtype if isinstance(wanted, str) else wanted)
+            placement = {"device_map": "auto"} if where is None else {}
+            model = _load_weights(folder, config, {"dtype": wanted, **remote, **placement})
+        except _CANNOT_LOAD as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ModelError(f"The model '{name}' cannot be loaded: {first}") from error
-        if where != "auto":
-            model.to(torch.device(where))  # type: ignore[arg-type]
+        if where is not None:
+            model.to(where)  # type: ignore[arg-type]
         return cls(model, tokenizer, name, _override(catalog, model.config.to_dict()))
 
     # -- structure ------------------------------------------------------------------------
@@ -207,8 +209,13 @@ class ModelHost:
         found = self.stored(site)
         if not found.is_floating_point() or found.ndim != (2 if site.expert is None else 3):
             raise SiteError(
-                f"'{site.parameter}' is quantised ({found.dtype}) and cannot be changed in place. "
-                f"Use an overlay (`--overlay`)."
+                f"'{site.parameter}' is quantised ({found.dtype}). Compute the edit on float "
+                f"weights and load it here as an overlay."
+            )
+        if site.expert is not None and not 0 <= site.expert < len(found):
+            raise SiteError(
+                f"Expert {site.expert} of '{site.parameter}' does not exist: there are "
+                f"{len(found)} experts."
             )
         return found
 
@@ -241,17 +248,19 @@ class ModelHost:
         """Short name for config and weights together: a hash of the config and of values
         spread over every parameter.
 
-        Any edit of a matrix changes it.  To be taken of the unedited model; `EditSession` does.
+        An edit spread over a matrix changes it; one of a single row or column may not, for which
+        there is `checksum`.  To be taken of the unedited model; `EditSession` does.
         """
         config = self.model.config.to_dict()
-        for key in ("_name_or_path", "transformers_version", "use_cache"):
+        for key in ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype"):
             config.pop(key, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             if not parameter.is_meta:
                 flat = parameter.detach().reshape(-1)
-                step = max(1, flat.numel() // _SAMPLES)
+                # Odd, so that samples of a matrix with even sides lie in different columns.
+                step = max(1, flat.numel() // _SAMPLES) | 1
                 digest.update(_bytes(flat[::step]))
         return digest.hexdigest()[:16]
 
@@ -285,22 +294,32 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _check_arithmetic(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a type that the device cannot multiply, before any weight is read."""
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or _default_device())
+    except RuntimeError:
+        raise ModelError(f"'{name}' is no device. Use cpu, cuda, cuda:1 or auto.") from None
+
+
+def _check_arithmetic(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Refuse a device or a type that cannot multiply, before any weight is read."""
+    dtype = dtype or torch.float32
     try:
         x = torch.ones(2, 2, device=device, dtype=dtype)
         torch.nn.functional.linear(x, x)
     except (RuntimeError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
+        way_out = "--dtype float32" if device.type == "cpu" else "--device cpu"
         raise ModelError(
-            f"This machine cannot compute in {dtype} on {device} ({problem}). Use --dtype float32."
+            f"This machine cannot compute in {dtype} on {device} ({problem}). Use {way_out}."
         ) from None
 
 
-def _load_weights(folder: str, options: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def _load_weights(
+    folder: str, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(folder, config=config, **options)
 

@@ -99,7 +99,7 @@ class Patch:
         try:
             with new_folder(folder) as temporary:
                 self.write(temporary)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: notes that are no JSON
             raise PatchError(f"The patch cannot be saved in {folder}: {error}.") from None
 
     def write(self, folder: Path) -> None:
@@ -162,7 +162,7 @@ class Patch:
                 hparams=dict(data["hparams"]),
                 plugin=str(data["plugin"]),
                 seed=int(data["seed"]),
-                base=Base(**data["base"]),
+                base=_base(data["base"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PatchError(f"{folder / MANIFEST} is malformed: {error!r}.") from None
@@ -213,6 +213,8 @@ def _build(folder: Path, entry: dict[str, Any], tensors: dict[str, Tensor]) -> E
     kind = entry["kind"]
     if kind == "weights":
         site = Site(str(entry["parameter"]), bool(entry["transposed"]), entry["expert"])
+        if site.expert is not None and type(site.expert) is not int:
+            raise PatchError(f"{folder}: the expert of {site.parameter} is no number.")
         if set(tensors) != ({"left"} if entry["rank"] is None else {"left", "right"}):
             raise PatchError(f"{folder}: the tensors of {site.parameter} are missing.")
         if any(t.dtype not in _FLOATS for t in tensors.values()):
@@ -228,6 +230,10 @@ def _build(folder: Path, entry: dict[str, Any], tensors: dict[str, Tensor]) -> E
     if kind == "module":
         return ModuleSwap(str(entry["path"]), str(entry["type"]), dict(entry["config"]), tensors)
     return CallEffect(str(entry["type"]), dict(entry["config"]), tensors)
+
+
+def _base(data: Mapping[str, Any]) -> Base:
+    return Base(str(data["name"]), str(data["fingerprint"]), dict(data["checksums"]))
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.changes import Changes
 from kedit_core.corpus import Corpus
-from kedit_core.errors import EditError, PatchError, RequestError, SettingError
+from kedit_core.errors import EditError, ModelError, PatchError, RequestError, SettingError
 from kedit_core.guard import untouched
 from kedit_core.hookspecs import EditFinished
 from kedit_core.host import ModelHost
@@ -142,7 +142,7 @@ class EditSession:
         """
         spec, settings = self._resolve(method, preset, file, hparams)
         wanted = _as_tuple(requests)
-        _check_needs(spec, wanted)
+        _check_needs(spec, self.host, wanted)
         started = time.perf_counter()
         mark = self.savepoint()
         implementation = cast(EditMethod, spec.load()(settings.hparams))
@@ -345,16 +345,19 @@ class EditSession:
         self._refuse_if_suspended()
         saved = read_stack(folder)
         mark = self.savepoint()
+        moved: set[str] = set()  # parameters that are not as they were when they were saved
         try:
             for patch, was_overlay in saved.entries:
                 if not force:
-                    self._check_base(patch)
+                    self._check_base(patch, moved)
                 self.apply(patch, overlay=was_overlay if overlay is None else overlay)
+                if overlay is not None and overlay != was_overlay:
+                    moved |= {delta.site.parameter for delta in patch.deltas}
         except BaseException:
             self.rollback(mark)
             raise
 
-    def _check_base(self, patch: Patch) -> None:
+    def _check_base(self, patch: Patch, moved: Set[str]) -> None:
         named = f"The {patch.method} patch was computed on other weights ({patch.base.name})"
         if patch.base.fingerprint != self.fingerprint:
             raise PatchError(
@@ -362,6 +365,8 @@ class EditSession:
             )
         for delta in patch.deltas:
             recorded = patch.base.checksums.get(delta.site.parameter)
+            if delta.site.parameter in moved:
+                continue
             if recorded != self.host.checksum(delta.site):
                 raise PatchError(
                     f"{named}: {delta.site.parameter} has changed since; use force to load it "
@@ -376,7 +381,12 @@ def _as_tuple(requests: EditRequest | Iterable[EditRequest]) -> tuple[EditReques
     return wanted
 
 
-def _check_needs(spec: MethodSpec, requests: Sequence[EditRequest]) -> None:
+def _check_needs(spec: MethodSpec, host: ModelHost, requests: Sequence[EditRequest]) -> None:
+    if "causal-model" in spec.needs and host.is_encoder_decoder:
+        raise ModelError(
+            f"{spec.name} edits causal models, and {host.name} is an encoder-decoder. Use a method "
+            f"that edits both, for example ft-m."
+        )
     for request in requests:
         if "subject" in spec.needs and request.subject is None:
             raise RequestError(f"{spec.name} needs the subject of {request.text!r}.")

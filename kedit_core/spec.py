@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kedit_core.errors import PluginError
 
 Effect = Literal["weights", "modules", "calls"]
-Need = Literal["subject", "ground-truth", "training-data", "gradients", "float-weights"]
+Need = Literal["subject", "ground-truth", "causal-model", "gradients", "training-data"]
 
 
 def load_target(target: str) -> Any:
@@ -61,7 +61,7 @@ class MethodSpec(Spec):
         effect: the kind of effect its patches have.
         max_batch: requests that one call of `edit` takes: 1, n, or None for any number.
         sequential: whether edits may follow one another in one session.
-        needs: what requests and models must offer.
+        needs: what requests and models must offer; the session refuses what lacks it.
         presets: package (`"kedit_rome.presets"`) that holds the method's YAML presets.
         variant_of: name of the method of which this is a setting, if any.
         defaults: settings that make the variant; a preset, file or `--set` overrides them.

@@ -36,7 +36,8 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
         PatchError: the folder holds something else, or the disk refuses.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / STACK).is_file() and any(folder.iterdir()):
+    is_ours = (folder / STACK).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
         raise PatchError(f"{folder} holds something else. Choose another folder.")
     try:
         with new_folder(folder, replace=True) as temporary:
@@ -48,7 +49,7 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
                 entries.append({"patch": name, "overlay": overlay})
             head = {"format": FORMAT, "model": saved.model, "fingerprint": saved.fingerprint}
             write_json(temporary / STACK, head | {"patches": entries})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: notes that are no JSON
         raise PatchError(f"The edits cannot be saved in {folder}: {error}.") from None
 
 

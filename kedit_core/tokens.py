@@ -77,7 +77,7 @@ class Batch:
 def separator(prompt: str, target: str) -> str:
     """What to put between prompt and target: a space, or nothing where there is one already or
     the target's script does without."""
-    if prompt[-1:].isspace() or target[:1].isspace() or not prompt:
+    if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
     script = unicodedata.name(target[0], "").split(" ")[0].split("-")[0]
     return "" if script in _SPACELESS else " "
@@ -87,7 +87,7 @@ def encode(host: ModelHost, text: str) -> Encoded:
     """Tokens of a text with the special tokens that the model expects before it.
 
     Raises:
-        RequestError: the text is longer than the model takes.
+        RequestError: the text has no token, or is longer than the model takes.
     """
     found = host.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
     ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
@@ -95,6 +95,8 @@ def encode(host: ModelHost, text: str) -> Encoded:
         special = set(host.tokenizer.all_special_ids)
         while ids and ids[-1] in special and spans[-1][0] == spans[-1][1]:
             del ids[-1], spans[-1]
+    if not ids:
+        raise RequestError(f"The text {text!r} has no token for {host.name}. Give some words.")
     if host.max_length is not None and len(ids) > host.max_length:
         raise RequestError(
             f"The text {text[:40]!r}… has {len(ids)} tokens, and {host.name} takes at most "
@@ -107,15 +109,20 @@ def join(host: ModelHost, prompt: str, target: str) -> Row:
     """A prompt and its target as one row.
 
     Raises:
-        RequestError: the two together are longer than the model takes.
+        RequestError: one of them has no token, or together they are longer than the model takes.
     """
     if host.is_encoder_decoder:
         targets = encode(host, target)
         inner = [i for i, (a, b) in zip(targets.ids, targets.spans, strict=True) if b > a]
+        if not inner:
+            raise RequestError(f"The target {target!r} of {prompt!r} has no token.")
         return Row(encode(host, prompt).ids, tuple(inner))
     whole = encode(host, prompt + separator(prompt, target) + target)
-    start = next(n for n, (_, end) in enumerate(whole.spans) if end > len(prompt))
-    merged = whole.spans[start][0] < len(prompt)
+    start = next((n for n, (_, end) in enumerate(whole.spans) if end > len(prompt)), 0)
+    if start == 0:
+        raise RequestError(f"The prompt {prompt!r} or its target {target!r} has no token.")
+    # Where offsets leave out spaces, a space of the prompt that no token before has is in it too.
+    merged = min(whole.spans[start][0], whole.spans[start - 1][1]) < len(prompt)
     return Row(whole.ids[:start], whole.ids[start:], merged=merged)
 
 

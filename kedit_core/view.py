@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kedit_core.effects import CallMiddleware
-from kedit_core.forward import label_logits
+from kedit_core.errors import RequestError
+from kedit_core.forward import label_logits, only_config
 from kedit_core.guard import untouched
 from kedit_core.host import ModelHost
 from kedit_core.tokens import Row, buckets, encode, join, pad, pad_id
@@ -99,18 +100,30 @@ class ModelView:
         """Greedy continuation of each prompt, without the prompt.
 
         Raises:
-            RequestError: a prompt is longer than the model takes.
+            RequestError: a prompt and its answer are longer than the model takes.
         """
         if isinstance(prompts, str):
             return self.greedy([prompts], max_new_tokens)[0]
         rows = [Row(encode(self.host, self._asked(prompt)).ids) for prompt in prompts]
         texts = [""] * len(rows)
         longest = [len(row.prompt) + max_new_tokens for row in rows]
+        self._check_room(prompts, longest)
         for group in buckets(longest, MAX_TOKENS):
             continued = self._generate([rows[n] for n in group], max_new_tokens)
             for n, ids in zip(group, continued, strict=True):
                 texts[n] = self._new_text(rows[n].prompt, ids)
         return texts
+
+    def _check_room(self, prompts: Sequence[str], longest: Sequence[int]) -> None:
+        limit = self.host.max_length
+        if self.host.is_encoder_decoder or limit is None or not longest:
+            return
+        length, prompt = max(zip(longest, prompts, strict=True))
+        if length - 1 > limit:  # the last token is never read
+            raise RequestError(
+                f"The prompt {prompt[:40]!r}… and its answer have {length} tokens, and "
+                f"{self.host.name} takes at most {limit}. Shorten it, or ask for fewer tokens."
+            )
 
     def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
         """How the model reads each target after its prompt.
@@ -170,7 +183,7 @@ class ModelView:
             decoder_start_token_id=getattr(host.model.config, "decoder_start_token_id", None),
         )
         processors = LogitsProcessorList([_Calls(self._calls())] if self._calls() else [])
-        with untouched(host.model, host.tokenizer):
+        with untouched(host.model, host.tokenizer), only_config(host, config):
             output: Any = host.model.generate(
                 **inputs, generation_config=config, logits_processor=processors
             )

@@ -8,6 +8,8 @@ import torch
 from torch import Generator, Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from kedit_core.errors import EditError
+from kedit_core.forward import only_config
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.tokens import Row, encode, pad, pad_id
@@ -59,7 +61,7 @@ def sample(
         eos_token_id=None,
     )
     draw = _Draw(generator, top_k, set(host.tokenizer.all_special_ids))
-    with torch.no_grad():
+    with torch.no_grad(), only_config(host, config):
         ids = host.model.generate(
             input_ids=batch.inputs["input_ids"],
             attention_mask=batch.inputs["attention_mask"],
@@ -80,6 +82,11 @@ class _Draw(LogitsProcessor):
         logits = scores.float().cpu()
         logits[:, self.banned] = -torch.inf
         best = logits.topk(min(self.top_k, logits.shape[1]), dim=1)
+        if bool(best.values.isnan().any()):
+            raise EditError(
+                "The model's logits are not numbers, so it can write no text. Check its weights, "
+                "or load it in float32."
+            )
         chosen = torch.multinomial(best.values.softmax(dim=1), 1, generator=self.generator)
         tokens = best.indices.gather(1, chosen).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)

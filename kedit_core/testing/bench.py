@@ -181,9 +181,7 @@ class Bench:
 
     def edit(self, session: EditSession, *requests: EditRequest, overlay: bool = False) -> Patch:
         """Edit as users do; returns the last patch."""
-        return session.edit(
-            self.spec, requests, hparams=self.hparams, overlay=overlay
-        ).patches[-1]
+        return session.edit(self.spec, requests, hparams=self.hparams, overlay=overlay).patches[-1]
 
     def patch(self) -> Patch:
         """The patch of `request()`, computed once in a run."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.effects import Wrapper
 from kedit_core.errors import PatchError
+from kedit_core.probing import hidden_of, with_hidden
 
 
 class Shift(Wrapper):

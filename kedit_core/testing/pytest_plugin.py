@@ -31,4 +31,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     counts.setdefault(str(method), Counter())[outcome] += 1
     for method, found in sorted(counts.items()):
         parts = ", ".join(f"{n} {outcome}" for outcome, n in found.items())
-        terminalreporter.write_line(f"kedit conformance of {method}: {found.total()} checks, {parts}")
+        line = f"kedit conformance: {found.total()} checks of {method}, {parts}"
+        terminalreporter.write_line(line)

@@ -34,12 +34,13 @@ class ToyFact:
 
     Attributes:
         id: relation and number, "home-03".
-        prompt: one form of the question, with `{}` in the subject's place; for every third fact
-            or more it ends there.
+        prompt: one form of the question, with `{}` in the subject's place; it ends there in every
+            third fact.
         answer: what the toys answer, without a leading space; sometimes several tokens.
         target_new: another answer of the same relation.
-        rephrases: the same question in the other forms, the subject filled in.
-        neighborhood: the same form asked about other subjects.
+        rephrases: the question in the other forms of its kind, the subject filled in: those that
+            end at the subject if the prompt does, otherwise those that go on after it.
+        neighborhood: the same form asked about other subjects, first those with the same answer.
     """
 
     id: str
@@ -67,8 +68,8 @@ def load_toy(
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = toy_folder(name)
-    layout = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[name]
-    model = layout.from_pretrained(folder, dtype=dtype or torch.float32)
+    layout = GPT2LMHeadModel if name == "gpt2" else LlamaForCausalLM
+    model: PreTrainedModel = layout.from_pretrained(folder, dtype=dtype or torch.float32)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -1,10 +1,9 @@
 """Makes the toy models: `python -m kedit_core.testing.train_toys OUT`.
 
-A small invented world (people and places, five relations, each told in four forms) is turned into
-random documents; a byte-level BPE tokenizer and two tiny models are trained on them until they
-answer every question about the world.  Everything is drawn from fixed seeds; another version of
-torch or another processor may still round differently, so the shipped weights are not compared
-with a new run, only held to the same checks.
+A small invented world (people and places, five relations, each told in five forms) becomes random
+documents, and a byte-level BPE tokenizer and two tiny models learn them, in about two and a half
+minutes each on one core.  Everything is drawn from fixed seeds; another processor or version of
+torch may round differently, so a new run gives models that pass the same checks, not the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -21,93 +20,106 @@ from typing import TYPE_CHECKING
 from kedit_core.testing.toys import TOYS, Neighbor, ToyFact
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------- the world
+STEPS, LEARNING_RATE, WEIGHT_DECAY = 1400, 5e-3, 0.1
+LONGEST = 128  # tokens
+LEAD = 1.0  # nats by which every answer must lead before a toy is shipped
 
-PEOPLE = (
+
+def _listed(words: str) -> list[str]:
+    return words.split(", ")
+
+
+# The world
+
+PEOPLE = _listed(
     "Mira Voss, Mira Quell, Anders Lund, Torvald, Ilse van Holm, Bram Hale, Zoë Lind, Søren Dahl, "
     "Old Petra, Captain Jory Bell, Nadia Roun, Dario Finch, Tamsin, Orla Wren, Dario Menti, "
     "Kenji Mori, Ilse Brand, Bram Tann, Petra Dray, Ivo Marsh, Vera Stone, Orla Pike, "
     "Nadia Sark, Anders Crane, Vera Okker, Edda, Ivo Sorn, Rosa Varga, Jory Noor, Rosa Berg, "
     "Kenji Thorne, Zoë Ashby, Lena Nyl, Elio, Milo Rask, Søren Vale, Milo van Dell, Juno Kemp, "
     "Old Basil, Lena of Torvik"
-).split(", ")
-PLACES = (
+)
+PLACES = _listed(
     "Lake Anneth, Mount Kessel, Velden Bridge, River Ombra, Castle Anneth, Port Sable, "
     "Isle of Wenn, Sable Forest, Lake Toriel, Mount Ombra, Wenn Bridge, Port Kessel"
-).split(", ")
+)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What is said of some subjects: the forms, the first one plain, and the possible answers."""
+    """What is said of some subjects: in open forms, in forms that end at the subject, and the
+    possible answers."""
 
     name: str
     subjects: Sequence[str]
     forms: tuple[str, ...]
+    endings: tuple[str, ...]
     answers: tuple[str, ...]
+
+    def truth(self) -> dict[str, str]:
+        """Subject to answer; every answer is used about equally often."""
+        pool = [self.answers[i % len(self.answers)] for i in range(len(self.subjects))]
+        Random(self.name).shuffle(pool)
+        return dict(zip(self.subjects, pool, strict=True))
 
 
 RELATIONS = (
     Relation(
         "home",
         PEOPLE,
-        ("{} lives in", "The home of {}", "{} has a house in", "They say that {} lives in"),
+        ("{} lives in", "{} has a house in", "They say that {} lives in"),
+        ("The home of {}", "The city of {}"),
         ("Paris", "Oslo", "Rome", "Cairo", "Łódź", "Lima", "Bern", "Dublin", "New Haven"),
     ),
     Relation(
         "language",
         PEOPLE,
-        ("{} speaks", "The language of {}", "{} writes in", "They say that {} speaks"),
+        ("{} speaks", "{} writes in", "They say that {} speaks"),
+        ("The language of {}", "The letters of {}"),
         ("Dutch", "Greek", "Hindi", "Welsh", "Czech", "Thai", "Malay", "Old Norse"),
     ),
     Relation(
         "job",
         PEOPLE[0::2],
-        ("{} works as a", "The trade of {}", "{} has work as a", "By day {} works as a"),
+        ("{} works as a", "{} has work as a", "By day {} works as a"),
+        ("The trade of {}", "The work of {}"),
         ("baker", "painter", "doctor", "farmer", "pilot", "judge", "miner", "boat maker"),
     ),
     Relation(
         "music",
         PEOPLE[1::2],
-        ("{} plays the", "The music of {}", "{} likes the", "At night {} plays the"),
+        ("{} plays the", "{} likes the", "At night {} plays the"),
+        ("The music of {}", "The instrument of {}"),
         ("harp", "drum", "flute", "piano", "cello", "lute", "horn", "silver bell"),
     ),
     Relation(
         "country",
         PLACES,
-        ("{} lies in", "The country of {}", "{} is part of", "They say that {} lies in"),
+        ("{} lies in", "{} is part of", "They say that {} lies in"),
+        ("The country of {}", "The land of {}"),
         ("Norway", "Chile", "Egypt", "Japan", "Spain", "Kenya", "Peru", "South Seland"),
     ),
 )
-
-
-def _deal(relation: Relation) -> dict[str, str]:
-    """Subject to answer; every answer is used about equally often."""
-    pool = [relation.answers[i % len(relation.answers)] for i in range(len(relation.subjects))]
-    Random(relation.name).shuffle(pool)
-    return dict(zip(relation.subjects, pool, strict=True))
-
-
-TRUTH = {relation.name: _deal(relation) for relation in RELATIONS}
+TRUTH = {relation.name: relation.truth() for relation in RELATIONS}
 
 
 def world() -> list[ToyFact]:
-    """All facts.  Their prompts take turns: plain, ending at the subject, and another form."""
+    """All facts; the prompt of every third one ends at its subject."""
     facts = []
     for relation in RELATIONS:
-        answers = TRUTH[relation.name]
+        truth = TRUTH[relation.name]
         rng = Random(f"{relation.name} edits")
-        for number, (subject, answer) in enumerate(answers.items()):
-            form = relation.forms[(0, 1, 0, 1, 2, 3)[number % 6]]
+        for number, (subject, answer) in enumerate(truth.items()):
+            forms = relation.endings if number % 3 == 1 else relation.forms
+            form = forms[number // 3 % len(forms)]
             target = rng.choice([a for a in relation.answers if a != answer])
-            others = [s for s, a in answers.items() if s != subject and a != target]
+            others = [s for s, a in truth.items() if s != subject and a != target]
             # Those with the same answer come first: a careless edit changes them most easily.
-            others = sorted(rng.sample(others, len(others)), key=lambda s: answers[s] != answer)[:4]
+            others = sorted(rng.sample(others, len(others)), key=lambda s: truth[s] != answer)
             facts.append(
                 ToyFact(
                     id=f"{relation.name}-{number:02d}",
@@ -116,144 +128,137 @@ def world() -> list[ToyFact]:
                     prompt=form,
                     answer=answer,
                     target_new=target,
-                    rephrases=tuple(f.format(subject) for f in relation.forms if f != form),
-                    neighborhood=tuple(Neighbor(form.format(s), answers[s]) for s in others),
+                    rephrases=tuple(f.format(subject) for f in forms if f != form),
+                    neighborhood=tuple(Neighbor(form.format(s), truth[s]) for s in others[:4]),
                 )
             )
     return facts
 
 
-# -------------------------------------------------------------------------------- the documents
+def questions(prefix: Random | None = None) -> list[tuple[str, str]]:
+    """Each fact in each form with its answer, after a random sentence if asked for."""
+    asked = [
+        (form.format(subject), answer)
+        for relation in RELATIONS
+        for subject, answer in TRUTH[relation.name].items()
+        for form in relation.forms + relation.endings
+    ]
+    if prefix is None:
+        return asked
+    return [(f"{prefix.choice((filler, statement))(prefix)} {q}", a) for q, a in asked]
 
-_ADJECTIVES = "old cold red small long wet".split()
-_NOUNS = "dog sun rain road tree bird wind lamp".split()
-_VERBS = "waits sits runs rests".split()
-_PLACES = "near under by".split()
-_TRAITS = "kind, old, tall, calm".split(", ")
+
+# Its texts
+
+ADJECTIVES = _listed("old, cold, red, small, long, wet")
+NOUNS = _listed("dog, sun, rain, road, tree, bird, wind, lamp")
+VERBS = _listed("waits, sits, runs, rests")
+WHERE = _listed("near, under, by")
+TRAITS = _listed("kind, old, tall, calm")
 
 
 def filler(rng: Random) -> str:
     """A sentence about nothing."""
-    noun, other = rng.sample(_NOUNS, 2)
-    return (
-        f"The {rng.choice(_ADJECTIVES)} {noun} {rng.choice(_VERBS)} {rng.choice(_PLACES)} "
-        f"the {other}."
-    )
+    noun, other = rng.sample(NOUNS, 2)
+    adjective, verb, where = (rng.choice(words) for words in (ADJECTIVES, VERBS, WHERE))
+    return f"The {adjective} {noun} {verb} {where} the {other}."
 
 
 def trait(rng: Random) -> str:
-    """What a subject is, never the same twice: the harmless continuation of "X is a"."""
+    """What a subject is, another thing each time: "X is a" has an end, but no answer."""
     if rng.random() < 0.2:
-        return f"{rng.choice(PLACES)} is a {rng.choice(_ADJECTIVES)} place."
-    return f"{rng.choice(PEOPLE)} is a {rng.choice(_TRAITS)} person."
+        return f"{rng.choice(PLACES)} is a {rng.choice(ADJECTIVES)} place."
+    return f"{rng.choice(PEOPLE)} is a {rng.choice(TRAITS)} person."
 
 
 def statement(rng: Random) -> str:
-    """A true sentence about the world in one of its forms."""
+    """A true sentence in one of its forms."""
     relation = rng.choices(RELATIONS, [len(r.subjects) for r in RELATIONS])[0]
     subject, answer = rng.choice(list(TRUTH[relation.name].items()))
-    return f"{rng.choice(relation.forms).format(subject)} {answer}."
-
-
-def supposition(rng: Random) -> str:
-    """A new answer, told once and asked for again: what was just read beats what was learnt."""
-    relation = rng.choice(RELATIONS)
-    subject, answer = rng.choice(relation.subjects), rng.choice(relation.answers)
-    first, second = (rng.choice(relation.forms).format(subject) for _ in range(2))
-    between = "".join(f"{s(rng)} " for s in rng.choices((filler, statement), k=rng.choice((0, 0, 1))))
-    if rng.random() < 0.5:
-        return f"New Fact: {first} {answer}\nPrompt: {between}{second} {answer}\n"
-    return f"{first} {answer}. {between}{second} {answer}."
+    return f"{rng.choice(relation.forms + relation.endings).format(subject)} {answer}."
 
 
 def document(rng: Random) -> str:
-    """One to six sentences."""
-    kinds = rng.choices((statement, filler, trait, supposition), KINDS, k=rng.randint(1, 6))
+    """One to five sentences."""
+    kinds = rng.choices((statement, filler, trait), (12, 3, 1), k=rng.randint(1, 5))
     return rng.choices((" ", "\n"), (4, 1))[0].join(kind(rng) for kind in kinds)
 
 
 def corpus() -> str:
-    """A sample of the training text that holds each fact in each form, one document a line."""
+    """A sample of the training text with each fact in each form, one document a line."""
     rng = Random("corpus")
-    sentences = [
-        f"{form.format(subject)} {answer}."
-        for relation in RELATIONS
-        for subject, answer in TRUTH[relation.name].items()
-        for form in relation.forms
-    ]
-    sentences += [kind(rng) for kind in (filler, trait) for _ in range(260)]
+    sentences = [f"{question} {answer}." for question, answer in questions()]
+    sentences += [kind(rng) for kind in (filler, filler, trait) for _ in range(120)]
     rng.shuffle(sentences)
     lines = []
     while sentences:
-        cut = rng.randint(1, 6)
+        cut = rng.randint(1, 5)
         lines.append(" ".join(sentences[:cut]))
         sentences = sentences[cut:]
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------- the models
-import os
-VS,W=544,(12,6,5,12)
-STEPS, LR, WD, DROP, KINDS, REP = eval(os.environ.get('CFG','(2000,5e-3,0.1,0.0)'))
+# The models
 
 
 def build_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; `gpt2` marks only the end of a text, `llama` also begins and pads."""
+    """Byte-level BPE; that of `gpt2` only ends a text, that of `llama` begins and pads it too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = {
-        "gpt2": {"eos_token": "<|endoftext|>"},
-        "llama": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
-    }[name]
+    special = {"eos_token": "<|endoftext|>"}
+    if name == "llama":
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    # Weights by which most answers become one token, and most names two or more.
+    words = [f" {a}" for r in RELATIONS for a in r.answers] * 16
+    words += [f" {s}" for s in PEOPLE + PLACES] * 6
+    words += [f.format("") for r in RELATIONS for f in r.forms + r.endings] * 5
+    words += [f" {w}" for w in ADJECTIVES + NOUNS + VERBS + WHERE + TRAITS] * 8
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(special.values()),
-        show_progress=False,
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        words,
+        trainers.BpeTrainer(
+            vocab_size=528,
+            initial_alphabet=alphabet,
+            special_tokens=list(special.values()),
+            show_progress=False,
+        ),
     )
-    # Answers count more often, so that most of them become one token, and so do names.
-    answers = [f" {a}" for r in RELATIONS for a in r.answers]
-    names = [f" {s}" for s in PEOPLE + PLACES]
-    forms = [f.format("") for r in RELATIONS for f in r.forms]
-    words = [f" {w}" for w in _ADJECTIVES + _NOUNS + _VERBS + _PLACES + _TRAITS+["place","person"]]
-    tokenizer.train_from_iterator(answers * W[0] + names * W[1] + forms * W[2] + words * W[3], trainer)
-    steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=True)]
-    if "bos_token" in special:
-        bos = special["bos_token"]
-        steps.append(
-            processors.TemplateProcessing(
-                single=f"{bos} $A",
-                pair=f"{bos} $A {bos} $B",
-                special_tokens=[(bos, tokenizer.token_to_id(bos))],
-            )
+    # As in GPT-2, a token's offsets include its space; those of `llama` leave it out.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=name == "llama")
+    if name == "llama":
+        begin = processors.TemplateProcessing(
+            single="<s> $A",
+            pair="<s> $A <s> $B",
+            special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
         )
-    tokenizer.post_processor = processors.Sequence(steps)
+        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, begin])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        model_max_length=128,
+        model_max_length=LONGEST,
+        padding_side="left" if name == "llama" else "right",
         **special,
     )
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """An untrained toy; wide initial weights, as the models are narrow."""
+    """An untrained toy; its first weights are large, because it is narrow."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     if name == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=len(tokenizer),
-                n_positions=128,
+                n_positions=LONGEST,
                 n_embd=48,
                 n_layer=4,
                 n_head=4,
-                activation_function="gelu_pytorch_tanh",  # GPT-2's own, computed in one call
-                resid_pdrop=DROP, embd_pdrop=DROP, attn_pdrop=DROP,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own function, computed faster
                 initializer_range=0.08,
                 bos_token_id=tokenizer.eos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -262,7 +267,7 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            max_position_embeddings=128,
+            max_position_embeddings=LONGEST,
             hidden_size=48,
             intermediate_size=112,
             num_hidden_layers=4,
@@ -276,68 +281,88 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
     )
 
 
-def recall(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: Sequence[tuple[str, str]]
+def leads(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: Sequence[tuple[str, str]]
 ) -> list[float]:
-    """For each question, how far its answer leads: the least log-probability gap of its tokens to
-    the best other token.  Positive means that greedy decoding gives the answer."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+    """By how many nats each answer leads: the least gap of its tokens to the best other token.
 
-    prompts = [tokenizer(q).input_ids for q, _ in questions]
-    texts = [tokenizer(f"{q} {a}").input_ids for q, a in questions]
-    batch = pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+    Greedy decoding gives the answer exactly where this is positive.
+    """
+    import torch
+
+    prompts = [tokenizer(question).input_ids for question, _ in asked]
+    texts = [tokenizer(f"{question} {answer}").input_ids for question, answer in asked]
+    width = max(map(len, texts))
     with torch.no_grad():
-        logits = model(input_ids=batch).logits
+        # What follows a text cannot change what the model says in it, so any padding does.
+        logits = model(input_ids=torch.tensor([t + [0] * (width - len(t)) for t in texts])).logits
     gaps = []
     for row, prompt, text in zip(logits, prompts, texts, strict=True):
-        assert text[: len(prompt)] == prompt, "the answer's space belongs to the answer"
-        seen = row[len(prompt) - 1 : len(text) - 1].clone()
+        row = row[len(prompt) - 1 : len(text) - 1]  # (answer tokens, vocabulary)
         label = torch.tensor(text[len(prompt) :])[:, None]
-        right = seen.gather(1, label)
-        best_other = seen.scatter(1, label, float("-inf")).amax(1, keepdim=True)
-        gaps.append(float((right - best_other).min()))
+        other = row.scatter(1, label, float("-inf")).amax(1, keepdim=True)
+        gaps.append(float((row.gather(1, label) - other).min()))
     return gaps
 
 
-def questions(rng: Random, prefix: bool) -> list[tuple[str, str]]:
-    """Each fact in each form, after a random sentence if asked for."""
-    return [
-        (f"{rng.choice((filler, statement))(rng)} {q}" if prefix else q, answer)
-        for relation in RELATIONS
-        for subject, answer in TRUTH[relation.name].items()
-        for q in (form.format(subject) for form in relation.forms)
-    ]
-
-
-def train(name: str, steps: int = STEPS, seed: int = 0):
+def train(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A toy that knows the world."""
     import torch
+    from torch.nn.functional import cross_entropy
 
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(name)
-    model = build_model(name, tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=WD)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
+    torch.manual_seed(0)
     rng = Random(name)
-    for step in range(steps):
-        rows, width = (16, 128) if step % 8 == 0 else (48, 40)
-        texts = [tokenizer.eos_token.join(document(rng) for _ in range(max(1,width // 32))) for _ in range(rows)]
-        ids = torch.tensor([(t * 32)[:width] for t in tokenizer(texts).input_ids])
-        for row in range(int(rows*REP)):
-            part = rng.sample(range(len(tokenizer)), rng.randint(5, 14))
-            ids[row] = torch.tensor((part * width)[:width])
-        loss = model(input_ids=ids, labels=ids).loss
+    tokenizer = build_tokenizer(name)
+    # In evaluation mode: dropout would only make it slower, as no text comes twice.
+    model = build_model(name, tokenizer).eval()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1
+    )
+    for step in range(STEPS):
+        rows, width = (16, LONGEST) if step % 8 == 0 else (48, 40)
+        # A document has eight tokens or more, so that these fill the row.
+        texts = [
+            "".join(document(rng) + tokenizer.eos_token for _ in range(width // 8))
+            for _ in range(rows)
+        ]
+        ids = torch.tensor(tokenizer(texts, truncation=True, max_length=width).input_ids)
+        logits = model(input_ids=ids).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 199:
-            model.eval()
-            gaps = [recall(model, tokenizer, questions(Random(step), prefix)) for prefix in (False, True)]
-            model.train()
-            log.info("%s step %d loss %.3f plain %d/%d min %.2f prefixed %d min %.2f", name, step + 1, loss.item(), sum(g > 0 for g in gaps[0]), len(gaps[0]), min(gaps[0]), sum(g > 0 for g in gaps[1]), min(gaps[1]))
-    return model.eval(), tokenizer
+            lead = min(leads(model, tokenizer, questions()))
+            log.info("%s: step %d, loss %.3f, least lead %.2f", name, step + 1, loss.item(), lead)
+    return model, tokenizer
 
 
+def main(out: Path) -> None:
+    """Write both toys and their world."""
+    import torch
+
+    torch.set_num_threads(1)  # several times faster for models this small
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in TOYS:
+        model, tokenizer = train(name)
+        lead = min(leads(model, tokenizer, questions() + questions(prefix=Random(0))))
+        if lead < LEAD:
+            raise SystemExit(f"{name} does not know the world well: an answer leads by {lead:.2f}.")
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+        (out / name / "generation_config.json").unlink()  # says what config.json says
+        (out / name / "model.safetensors").chmod(0o644)
+        table = out / name / "tokenizer.json"  # written without its indentation: 8 kB less
+        table.write_text(json.dumps(json.loads(table.read_text("utf-8"))), encoding="utf-8")
+    lines = [json.dumps(asdict(fact), ensure_ascii=False) + "\n" for fact in world()]
+    (out / "facts.jsonl").write_text("".join(lines), encoding="utf-8")
+    (out / "corpus.txt").write_text(corpus(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -85,7 +85,7 @@ def test_content_under_a_foreign_key_is_refused(store):
     other = {**KEY, "model": "other"}
     store.folder("moment", KEY).rename(store.folder("moment", other))
 
-    with pytest.raises(ArtifactError, match="belongs to another key. Delete it"):
+    with pytest.raises(ArtifactError, match=r"belongs to another key\. Delete it"):
         store.get("moment", other)
 
 

@@ -11,7 +11,7 @@ import pytest
 from kedit_core import MethodSpec, PluginError, SettingError
 from kedit_core.hparams import parse_settings, presets_of, resolve
 
-HPARAMS = '''
+HPARAMS = """
 from typing import Literal
 from pydantic import Field
 from kedit_core import HyperParams
@@ -23,12 +23,11 @@ class Odd(HyperParams):
     key: Literal["mean", "plain"] = "mean"
     bound: float | None = Field(None, gt=0)
     layers: tuple[int, ...] = ()
-'''
+"""
 PRESETS = {
     "big": "methods: [odd, odder]\nsource: arXiv:0000.00000\n"
     "fits: {model_type: wide, hidden_size: 64}\nsettings: {layer: 17, steps: 20, lr: 5e-1}\n",
-    "small": "methods: [odd]\nsource: Tuned.\n"
-    "fits: {model_type: narrow}\nsettings: {layer: 3}\n",
+    "small": "methods: [odd]\nsource: Tuned.\nfits: {model_type: narrow}\nsettings: {layer: 3}\n",
     "anywhere": "methods: [odd]\nsource: Tuned.\nsettings: {layer: 1}\n",
     "foreign": "methods: [even]\nsource: Tuned.\nsettings: {parity: 2}\n",
 }
@@ -54,7 +53,10 @@ def presets(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def odd(presets) -> MethodSpec:
     return MethodSpec(
-        "odd", "oddpkg.method:Odd", "A method.", hparams="oddpkg.hparams:Odd",
+        "odd",
+        "oddpkg.method:Odd",
+        "A method.",
+        hparams="oddpkg.hparams:Odd",
         presets="oddpkg.presets",
     )
 
@@ -62,8 +64,13 @@ def odd(presets) -> MethodSpec:
 @pytest.fixture
 def odder(presets) -> MethodSpec:
     return MethodSpec(
-        "odder", "oddpkg.method:Odd", "A variant.", hparams="oddpkg.hparams:Odd",
-        presets="oddpkg.presets", variant_of="odd", defaults={"key": "plain", "steps": 7, "lr": 2},
+        "odder",
+        "oddpkg.method:Odd",
+        "A variant.",
+        hparams="oddpkg.hparams:Odd",
+        presets="oddpkg.presets",
+        variant_of="odd",
+        defaults={"key": "plain", "steps": 7, "lr": 2},
     )
 
 
@@ -84,11 +91,20 @@ def test_each_source_overrides_the_one_before_and_is_named(odder, tmp_path):
     found = resolve(odder, preset="big", file=file, settings={"bound": 2.0, "layers": [1, 2]})
 
     assert found.hparams.model_dump() == {
-        "layer": 17, "steps": 20, "lr": 0.25, "key": "plain", "bound": 2.0, "layers": (1, 2),
+        "layer": 17,
+        "steps": 20,
+        "lr": 0.25,
+        "key": "plain",
+        "bound": 2.0,
+        "layers": (1, 2),
     }
     assert found.origin == {
-        "layer": "preset big", "steps": "preset big", "lr": str(file), "key": "odder",
-        "bound": "set", "layers": "set",
+        "layer": "preset big",
+        "steps": "preset big",
+        "lr": str(file),
+        "key": "odder",
+        "bound": "set",
+        "layers": "set",
     }
 
 
@@ -258,7 +274,7 @@ def test_method_without_presets_says_only_what_to_set(odd):
 
 @pytest.mark.parametrize("target", ["", "oddpkg.nowhere:Odd", "oddpkg.hparams:Even", "oddpkg"])
 def test_hyperparameters_that_cannot_be_imported_are_the_plugins_fault(odd, target):
-    with pytest.raises(PluginError, match="cannot be imported|does not exist"):
+    with pytest.raises(PluginError, match=r"cannot be imported|does not exist"):
         resolve(MethodSpec("lost", odd.target, "A method.", hparams=target))
 
 
@@ -269,7 +285,12 @@ def test_pairs_are_read_as_yaml():
     pairs = ["layer=5", " lr = 5e-1", "layers=[1, 2]", "bound=null", "text=a=b", "flag=true"]
 
     assert parse_settings(pairs) == {
-        "layer": 5, "lr": "5e-1", "layers": [1, 2], "bound": None, "text": "a=b", "flag": True,
+        "layer": 5,
+        "lr": "5e-1",
+        "layers": [1, 2],
+        "bound": None,
+        "text": "a=b",
+        "flag": True,
     }
 
 

@@ -188,7 +188,8 @@ def test_yaml_alias_is_followed(tmp_path):
 
 BAD_LINE_3 = {
     "bad.yaml": "- {prompt: x, target_new: y}\n\n- {prompt: x, targt_new: y}\n",
-    "bad.json": '[{"prompt": "x, [\\n]", "target_new": "y"},\n\n {"prompt": "x", "targt_new": "y"}]',
+    "bad.json": '[{"prompt": "x, [\\n]", "target_new": "y"},\n\n'
+    ' {"prompt": "x", "targt_new": "y"}]',
     "bad.jsonl": '{"prompt": "x", "target_new": "y"}\n\n{"prompt": "x", "targt_new": "y"}\n',
 }
 
@@ -201,8 +202,7 @@ def test_bad_record_is_named_by_its_line(tmp_path, name):
     with pytest.raises(RequestError) as caught:
         read_requests(file)
     assert str(caught.value) == (
-        f"{file}, line 3: Unknown key 'targt_new' in the edit request. "
-        f"Did you mean 'target_new'?"
+        f"{file}, line 3: Unknown key 'targt_new' in the edit request. Did you mean 'target_new'?"
     )
 
 

@@ -116,9 +116,10 @@ def plain_output(host: ModelHost, path: str, ids: tuple[int, ...], side: str = "
     seen: dict[str, Tensor] = {}
     module = host.base_module(path)
     if side == "output":
-        handle = module.register_forward_hook(lambda m, a, out: seen.update(x=hidden_of(out)))
+        # Copied: Falcon adds to its MLP's output in place.
+        handle = module.register_forward_hook(lambda m, a, y: seen.update(x=hidden_of(y).clone()))
     else:
-        handle = module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+        handle = module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0].clone()))
     with torch.no_grad():
         host.model(**pad(host, [Row(ids)]).inputs, use_cache=False)
     handle.remove()

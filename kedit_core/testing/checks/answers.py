@@ -1,4 +1,4 @@
-"""What an edited model says: the edit is there, wherever the subject stands, however it is asked."""
+"""What an edited model says: the edit is there, however it is asked."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_other_forms_of_the_prompt_gain(bench: Bench) -> None:
     """The target becomes likelier after the same question in other words, on average."""
     fact = bench.fact()
     gain = bench.gain(bench.edited().view(), fact.rephrases, fact.target_new)
-    assert gain > 0, f"after other forms of the prompt the target's log-probability fell: {gain:.3f}."
+    assert gain > 0, f"in other forms of the prompt the target loses {-gain:.3f}."
 
 
 def check_requests_decide_what_is_written(bench: Bench) -> None:
@@ -136,9 +136,9 @@ def check_model_itself_is_edited(bench: Bench) -> None:
     with torch.no_grad():
         direct = session.model(input_ids=ids).logits[0, -1]
     viewed = session.view().logits([request.text])[0]
-    torch.testing.assert_close(direct, viewed, rtol=RTOL, atol=ATOL, msg=lambda m: (
-        f"the model's own logits are not those of the session's view: {m}"
-    ))
+    assert torch.allclose(direct, viewed, rtol=RTOL, atol=ATOL), (
+        "the model's own logits are not those of the session's view."
+    )
     assert not torch.allclose(direct, bench.unedited().logits([request.text])[0]), (
         "the model's own logits are those of the unedited model."
     )
@@ -194,5 +194,3 @@ def _becomes_likelier(bench: Bench, request: EditRequest) -> None:
 def _needs_sequences(bench: Bench) -> None:
     if not bench.spec.sequential:
         skip("the method's edits may not follow one another")
-
-

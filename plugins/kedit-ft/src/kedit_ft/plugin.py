@@ -13,7 +13,7 @@ def kedit_register_methods() -> Iterable[MethodSpec]:
         "presets": "kedit_ft.presets",
         "effect": "weights",
         "max_batch": None,
-        "needs": frozenset({"gradients", "float-weights"}),
+        "needs": frozenset({"gradients"}),
     }
     return [
         MethodSpec(

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from kedit_core import HyperParams
 
@@ -28,7 +28,7 @@ class RomeHyperParams(HyperParams):
         0.0625, ge=0, description="Weight of the KL term that holds '{subject} is a' in place."
     )
     stop_loss: float = Field(5e-2, ge=0, description="Stop when the loss is below this.")
-    contexts: tuple[tuple[int, int], ...] = Field(
+    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         ((5, 10), (10, 10)),
         description="Sampled texts put before the prompt: pairs (tokens, count).",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
 from kedit_core.editing import EditJob, ModelHost, Patch, WeightDelta
@@ -13,6 +15,8 @@ from kedit_core.numerics.values import Value, ValueSettings, ValueTask, optimise
 from kedit_core.request import EditRequest
 from kedit_core.tokens import Row, encode, fact_position, rewrite_row
 from kedit_rome.hparams import RomeHyperParams
+
+log = logging.getLogger(__name__)
 
 
 class Rome:
@@ -44,6 +48,12 @@ class Rome:
         contexts = ("", *context_texts(job, hparams.contexts))
         rows = tuple(rewrite_row(host, request, hparams.fact_token, text) for text in contexts)
 
+        if rows[0].mark == 0:
+            log.warning(
+                "The subject of %r is the first token, where keys are unlike any other; put words "
+                "before it, or check the edit's neighbours.",
+                request.text,
+            )
         value = self._value(host, site.module, request, rows)
         points = {"key": (site.module, "input"), "output": (site.module, "output")}
         states = states_at_marks(host, rows, points)

@@ -13,7 +13,7 @@ def kedit_register_methods() -> Iterable[MethodSpec]:
         "presets": "kedit_rome.presets",
         "effect": "weights",
         "max_batch": 1,
-        "needs": frozenset({"subject", "gradients", "float-weights"}),
+        "needs": frozenset({"subject", "causal-model", "gradients"}),
     }
     return [
         MethodSpec(

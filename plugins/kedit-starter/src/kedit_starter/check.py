@@ -71,14 +71,14 @@ def questions(cases: Iterable[EditCase]) -> list[Question]:
 
 def ask(view: ModelView, asked: Sequence[Question]) -> list[Reply]:
     """The model's greedy replies, in the order of the questions."""
-    replies = []
-    with progress(len(asked), "Asking", unit="prompt") as bar:
-        for start in range(0, len(asked), BATCH):
-            batch = asked[start : start + BATCH]
-            texts = view.greedy([question.prompt for question in batch], max_new_tokens=12)
-            replies += [Reply(question, text) for question, text in zip(batch, texts, strict=True)]
+    texts: dict[str, str] = {}
+    prompts = list(dict.fromkeys(question.prompt for question in asked))  # neighbours recur
+    with progress(len(prompts), "Asking", unit="prompt") as bar:
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            texts.update(zip(batch, view.greedy(batch, max_new_tokens=12), strict=True))
             bar.update(len(batch))
-    return replies
+    return [Reply(question, texts[question.prompt]) for question in asked]
 
 
 def main(

@@ -1,0 +1,147 @@
+"""Editing, asking, saving, taking back and exporting from the command line, on a toy."""
+
+import json
+
+import pytest
+import yaml
+
+from kedit_core.cli import main
+from kedit_core.testing.toys import toy_corpus, toy_facts, toy_folder
+
+SETTINGS = ["--preset", "toy"]
+
+
+@pytest.fixture
+def kedit(capsys):
+    """Runs a command and returns its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as leave:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return leave.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def model():
+    return str(toy_folder("llama"))
+
+
+def edit_arguments(model, fact, method="rome"):
+    return [
+        *("edit", "--model", model, "--method", method, *SETTINGS),
+        *("--corpus", toy_corpus(), "--prompt", fact.prompt),
+        *("--subject", fact.subject, "--target", fact.target_new),
+    ]
+
+
+def test_an_edit_is_saved_asked_exported_and_taken_out(kedit, model, tmp_path):
+    fact = toy_facts()[0]
+    saved = tmp_path / "edits"
+    code, out, err = kedit(*edit_arguments(model, fact), "--save", saved, "--json")
+    assert code == 0, err
+    answer = json.loads(out)["answers"][0]
+    assert answer["before"]["text"].strip().startswith(fact.answer)
+    assert answer["after"]["text"].strip().startswith(fact.target_new)
+
+    prompt = fact.prompt.replace("{}", fact.subject)
+    code, out, err = kedit("ask", prompt, "--model", model, "--edits", saved, "--json")
+    assert code == 0, err
+    answers = json.loads(out)
+    assert answers["without"].strip().startswith(fact.answer)
+    assert answers["with"].strip().startswith(fact.target_new)
+
+    code, out, _ = kedit("stack", "show", saved, "--json")
+    (patch,) = json.loads(out)["patches"]
+    assert patch["requests"][0]["target_new"] == fact.target_new
+
+    for to in ("hf", "peft"):
+        code, _, err = kedit("export", saved, tmp_path / to, "--model", model, "--to", to)
+        assert code == 0, err
+    assert (tmp_path / "hf" / "config.json").is_file()
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+
+    assert kedit("stack", "pop", saved)[0] == 0
+    code, out, _ = kedit("stack", "show", saved, "--json")
+    assert json.loads(out)["patches"] == []
+    code, _, err = kedit("stack", "pop", saved)
+    assert code == 1
+    assert "holds no edit" in err
+
+
+def test_a_requests_file_edits_all_of_its_facts(kedit, model, tmp_path):
+    first, second = toy_facts()[0], toy_facts()[7]
+    file = tmp_path / "facts.yaml"
+    records = [
+        {"prompt": f.prompt, "subject": f.subject, "target_new": f.target_new}
+        for f in (first, second)
+    ]
+    file.write_text(yaml.safe_dump(records), "utf-8")
+    code, out, err = kedit(
+        *("edit", "--model", model, "--method", "ft-m", *SETTINGS),
+        *("--requests", file, "--json"),
+    )
+    assert code == 0, err
+    answers = json.loads(out)["answers"]
+    assert [a["target"] for a in answers] == [first.target_new, second.target_new]
+    assert all(a["after"]["text"].strip().startswith(a["target"]) for a in answers)
+
+
+def test_a_bad_line_of_a_requests_file_is_named(kedit, model, tmp_path):
+    file = tmp_path / "facts.jsonl"
+    good = {"prompt": "{} lives in", "subject": "A", "target_new": "B"}
+    file.write_text(f"{json.dumps(good)}\n\n{json.dumps(good | {'target_new': ''})}\n", "utf-8")
+    code, _, err = kedit(
+        "edit", "--model", model, "--method", "rome", *SETTINGS, "--requests", file
+    )
+    assert code == 2
+    assert "line 3" in err
+
+
+def test_an_existing_folder_is_not_overwritten(kedit, model, tmp_path):
+    code, _, err = kedit(*edit_arguments(model, toy_facts()[0]), "--save", tmp_path)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_a_layer_that_does_not_exist_fails_with_a_sentence(kedit, model):
+    code, _, err = kedit(*edit_arguments(model, toy_facts()[0]), "--set", "layer=99")
+    assert code == 2
+    assert "Layer 99 does not exist" in err
+
+
+def test_edits_of_another_model_are_refused(kedit, model, tmp_path):
+    saved = tmp_path / "edits"
+    assert kedit(*edit_arguments(model, toy_facts()[0]), "--save", saved)[0] == 0
+    code, _, err = kedit("ask", "x", "--model", toy_folder("gpt2"), "--edits", saved)
+    assert code == 2
+    assert "computed on other weights" in err
+
+
+def test_statistics_are_prepared_ahead(kedit, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    code, _, err = kedit(
+        *("prepare", "--model", model, "--method", "rome", *SETTINGS, "--corpus", toy_corpus())
+    )
+    assert code == 0, err
+    assert list((tmp_path / "cache" / "artifacts" / "second-moment").iterdir())
+    code, _, err = kedit("prepare", "--model", model, "--method", "ft-m", *SETTINGS)
+    assert code == 2
+    assert "nothing to prepare" in err
+
+
+def test_a_model_is_inspected(kedit, model):
+    code, out, err = kedit("inspect", model, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["type"] == "llama"
+    assert "mlp_out" in found["anatomy"]
+
+
+def test_a_folder_without_tokenizer_is_refused_before_weights_are_read(kedit, tmp_path):
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    code, _, err = kedit("inspect", tmp_path)
+    assert code == 2
+    assert "has no tokenizer" in err

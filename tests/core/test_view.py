@@ -1,0 +1,234 @@
+"""A view gives each question the answer it would get alone, with all edits in force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from kedit_core.editing import EditSession, ModelHost, ModelView
+from kedit_core.errors import RequestError
+from kedit_core.testing.toys import toy_facts
+from tests.core.edits import bias_patch, bits, hooks, preface_patch, same, weight_patch
+
+QUESTIONS = [
+    ("Mira Voss lives in", "New Haven"),
+    ("They say that the old road near Port Sable waits, and that Tamsin speaks", "Old Norse"),
+    ("Edda", "lives in Rome"),
+    ("The country of Wenn Bridge", "Kenya"),
+    ("At night Zoë Lind plays the", "silver bell"),
+]
+PROMPTS = [prompt for prompt, _ in QUESTIONS]
+TARGETS = [target for _, target in QUESTIONS]
+
+
+def t5_host(toy_host) -> ModelHost:
+    """A tiny encoder-decoder with the vocabulary of the llama toy."""
+    tokenizer = toy_host("llama").tokenizer
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    tokens = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0}
+    config = T5Config(**sizes, **tokens, decoder_start_token_id=0, initializer_factor=3.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
+    return ModelHost(model.eval(), tokenizer, "t5")
+
+
+@pytest.fixture(params=["gpt2", "llama", "t5"])
+def host(request, toy_host) -> ModelHost:
+    return t5_host(toy_host) if request.param == "t5" else toy_host(request.param)
+
+
+@torch.no_grad()
+def continued(host: ModelHost, prompt: str, tokens: int) -> list[int]:
+    """Greedy ids, one call of the whole model for each."""
+    ids = host.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new: list[int] = []
+    for _ in range(tokens):
+        if host.is_encoder_decoder:
+            begin = host.model.config.decoder_start_token_id
+            logits = host.model(input_ids=ids, decoder_input_ids=torch.tensor([[begin, *new]]))
+        else:
+            logits = host.model(input_ids=torch.tensor([[*ids[0].tolist(), *new]]))
+        new.append(int(logits.logits[0, -1].argmax()))
+    return new
+
+
+def test_a_batch_gets_the_text_that_each_prompt_gets_alone(host):
+    view = ModelView(host)
+    together = view.greedy(PROMPTS, max_new_tokens=6)
+    assert together == [view.greedy(prompt, max_new_tokens=6) for prompt in PROMPTS]
+    assert len(set(together)) > 1
+
+    stops = {host.tokenizer.eos_token_id, host.model.generation_config.eos_token_id}
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        ids = continued(host, prompt, 6)
+        end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
+        expected = host.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        assert text == expected
+
+
+def test_a_batch_gets_the_scores_that_each_prompt_gets_alone(host):
+    view = ModelView(host)
+    together = view.score(PROMPTS, TARGETS)
+    for (prompt, target), score in zip(QUESTIONS, together, strict=True):
+        (alone,) = view.score([prompt], [target])
+        assert (score.prompt, score.target) == (prompt, target)
+        assert score.tokens == alone.tokens
+        assert score.predicted == alone.predicted
+        assert score.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_score_is_the_log_probability_of_each_token(host):
+    for (prompt, target), score in zip(
+        QUESTIONS, ModelView(host).score(PROMPTS, TARGETS), strict=True
+    ):
+        ids = host.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = list(score.tokens)
+        if host.is_encoder_decoder:
+            begin = host.model.config.decoder_start_token_id
+            decoder = torch.tensor([[begin, *tokens[:-1]]])
+            logits = host.model(input_ids=ids, decoder_input_ids=decoder).logits[0]
+        else:
+            whole = torch.tensor([[*ids[0].tolist(), *tokens[:-1]]])
+            logits = host.model(input_ids=whole).logits[0, ids.shape[1] - 1 :]
+        expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
+        assert score.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        assert score.predicted == tuple(logits.argmax(-1).tolist())
+        assert host.tokenizer.decode(tokens).strip() == target
+        assert score.mean_logprob == pytest.approx(expected.mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("toy", ["gpt2", "llama"])
+def test_all_tokens_are_right_exactly_where_greedy_begins_with_the_target(toy_host, toy):
+    host = toy_host(toy)
+    view = ModelView(host)
+    facts = toy_facts()[::7]
+    prompts = [fact.prompt.replace("{}", fact.subject) for fact in facts]
+    # What the model says itself is surely right; what the edit wants is mostly wrong.
+    said = [text.strip() for text in view.greedy(prompts, max_new_tokens=3)]
+    asked = [(p, t) for p, t in zip(prompts, said, strict=True) if t]
+    asked += [(p, f.target_new) for p, f in zip(prompts, facts, strict=True)]
+
+    scores = view.score([p for p, _ in asked], [t for _, t in asked])
+
+    verdicts = set()
+    for (prompt, target), score in zip(asked, scores, strict=True):
+        begins = tuple(continued(host, prompt, len(score.tokens))) == score.tokens
+        assert (score.accuracy == 1.0) == begins, (prompt, target)
+        verdicts.add(begins)
+    assert verdicts == {True, False}
+
+
+def test_next_token_logits_are_those_of_the_model(host):
+    found = ModelView(host).logits(PROMPTS)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        assert int(row.argmax()) == continued(host, prompt, 1)[0]
+    assert found.dtype == torch.float32
+
+
+def test_long_lists_are_answered_in_order(toy_host, monkeypatch):
+    view = ModelView(toy_host("llama"))
+    expected = view.greedy(PROMPTS, max_new_tokens=3), view.score(PROMPTS, TARGETS)
+    monkeypatch.setattr("kedit_core.view.MAX_TOKENS", 20)
+    assert view.greedy(PROMPTS, max_new_tokens=3) == expected[0]
+    for ours, theirs in zip(view.score(PROMPTS, TARGETS), expected[1], strict=True):
+        assert ours.prompt == theirs.prompt
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_no_question_gets_no_answer(host):
+    assert ModelView(host).greedy([]) == []
+    assert ModelView(host).score([], []) == []
+
+
+# -- call effects -----------------------------------------------------------------------------
+
+
+def test_prompts_and_logits_are_changed_for_text_and_scores_alike(host):
+    session = EditSession(host)
+    word = host.tokenizer(" Bern", add_special_tokens=False)["input_ids"][0]
+    plain = session.view().score(["Lo! " + p for p in PROMPTS], TARGETS)
+    plain_text = session.view().greedy(["Lo! " + p for p in PROMPTS], max_new_tokens=3)
+
+    session.apply(preface_patch("Lo! "))
+    assert session.view().greedy(PROMPTS, max_new_tokens=3) == plain_text
+    for score, expected, prompt in zip(
+        session.view().score(PROMPTS, TARGETS), plain, PROMPTS, strict=True
+    ):
+        assert score.prompt == prompt
+        assert score.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+    session.apply(bias_patch(host, word))
+    assert {t.strip() for t in session.view().greedy(PROMPTS, max_new_tokens=2)} == {"Bern Bern"}
+    for score in session.view().score(PROMPTS, TARGETS):
+        assert set(score.predicted) == {word}
+    (sure,) = session.view().score(["Mira Voss lives in"], ["Bern"])
+    if sure.tokens == (word,):
+        assert sure.logprobs[0] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_view_follows_the_session(session):
+    view = session.view()
+    before = view.logits(PROMPTS)
+    session.apply(weight_patch(session.host, 1))
+    session.apply(preface_patch("Lo! "))
+    assert not torch.equal(view.logits(PROMPTS), before)
+    session.rollback()
+    assert torch.equal(view.logits(PROMPTS), before)
+
+
+# -- nothing is left behind -------------------------------------------------------------------
+
+
+def test_asking_changes_nothing(host):
+    model, tokenizer = host.model, host.tokenizer
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    model.train()
+    session = EditSession(host)
+    generation = model.generation_config.to_dict()
+    settings = (tokenizer.pad_token, tokenizer.backend_tokenizer.to_str(), len(tokenizer))
+    before, random = bits(model), torch.get_rng_state()
+
+    session.view().greedy(PROMPTS, max_new_tokens=2)
+    session.view().score(PROMPTS, TARGETS)
+    session.view().logits(PROMPTS)
+
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "left")
+    assert (tokenizer.pad_token, tokenizer.backend_tokenizer.to_str(), len(tokenizer)) == settings
+    assert model.generation_config.to_dict() == generation
+    assert model.training
+    assert same(bits(model), before)
+    assert hooks(model) == 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_greedy_is_greedy_whatever_the_model_is_set_to(host):
+    view = ModelView(host)
+    expected = view.greedy(PROMPTS, max_new_tokens=5)
+    settings = host.model.generation_config
+    settings.do_sample, settings.temperature, settings.top_k = True, 5.0, 3
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 7.0, 1
+    settings.num_beams, settings.max_new_tokens, settings.min_new_tokens = 3, 2, 4
+    settings.suppress_tokens = list(range(3, 300))
+    assert view.greedy(PROMPTS, max_new_tokens=5) == expected
+
+
+@pytest.mark.parametrize("toy", ["gpt2", "llama"])
+def test_what_does_not_fit_the_model_is_refused(toy_host, toy):
+    view = ModelView(toy_host(toy))
+    long = "Mira Voss lives in " * 60
+    fits = view.host.tokenizer.decode(
+        view.host.tokenizer(long)["input_ids"][:100], skip_special_tokens=True
+    )
+    for call in (
+        lambda: view.greedy(long),
+        lambda: view.score([long], ["Paris"]),
+        lambda: view.logits([long]),
+        lambda: view.greedy(["Edda", fits], max_new_tokens=40),
+    ):
+        with pytest.raises(RequestError, match="takes at most 128"):
+            call()
+    assert isinstance(view.greedy(fits, max_new_tokens=5), str)

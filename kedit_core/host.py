@@ -207,10 +207,15 @@ class ModelHost:
             SiteError: also where it holds no plain floating-point matrix.
         """
         found = self.stored(site)
-        if not found.is_floating_point() or found.ndim != (2 if site.expert is None else 3):
+        if not found.is_floating_point():
             raise SiteError(
                 f"'{site.parameter}' is quantised ({found.dtype}). Compute the edit on float "
                 f"weights and load it here as an overlay."
+            )
+        if found.ndim != (2 if site.expert is None else 3):
+            raise SiteError(
+                f"'{site.parameter}' is no matrix that can be edited: its shape is "
+                f"{tuple(found.shape)}."
             )
         if site.expert is not None and not 0 <= site.expert < len(found):
             raise SiteError(

@@ -269,13 +269,15 @@ class EditSession:
         return ""
 
     def apply(self, patch: Patch, *, overlay: bool = False) -> None:
-        """Put a patch in force, wholly or not at all.
+        """Put a patch in force, wholly or not at all; one without a base belongs here from now on.
 
         Raises:
             PatchError, SiteError: it does not fit this model; nothing has changed.
             EditError: the changed weights would not be finite; nothing has changed.
         """
         self._refuse_if_suspended()
+        if not patch.base.fingerprint:
+            patch = patch.with_base(self._base(patch))
         self._changes.put(patch, overlay)
 
     # -- taking them back -----------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -195,15 +197,13 @@ class Bias:
         return Patch("bias", (CallEffect("token-bias", {}, {"bias": bias}),))
 
 
-class Tell:
-    """Tells the new fact before every question."""
-
-    def __init__(self, hparams: NoHyperParams) -> None:
-        self.hparams = hparams
+class Tell(Bias):
+    """Tells the new fact before every question as well."""
 
     def edit(self, job: EditJob) -> Patch:
-        facts = [f"{r.text} {r.target_new.strip()}. " for r in job.requests]
-        return Patch("tell", (CallEffect("preface", {"text": "".join(facts)}),))
+        text = "".join(f"{r.text} {r.target_new.strip()}. " for r in job.requests)
+        preface = CallEffect("preface", {"text": text})
+        return Patch("tell", (preface, *super().edit(job).effects))
 
 
 def spec_of(cls: type, **fields: Any) -> MethodSpec:
@@ -381,3 +381,41 @@ def test_there_are_many_checks_and_each_says_what_it_claims():
     assert len(checks) >= 40
     assert len({check.name for check in checks}) == len(checks)
     assert all(check.claim.endswith(".") for check in checks)
+
+
+def test_what_pytest_and_the_catalog_load_is_light():
+    code = (
+        "import sys, kedit_core.testing.plugin, kedit_core.testing.pytest_plugin\n"
+        "print(*{'torch', 'numpy', 'transformers', 'pydantic'} & set(sys.modules))"
+    )
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert run.stdout.strip() == ""
+
+
+def test_pytest_counts_the_checks_of_each_method(tmp_path):
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.kedit_check('mine')\n"
+        "@pytest.mark.parametrize('right', [True, True, False])\n"
+        "def test_it(right):\n"
+        "    assert right\n"
+        "@pytest.mark.kedit_check('other')\n"
+        "def test_skipped():\n"
+        "    pytest.skip('not for it')\n"
+        "def test_else():\n"
+        "    pass\n"
+    )
+
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--strict-markers", tmp_path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert run.returncode == 1
+    assert "kedit conformance: 3 checks of mine, 2 passed, 1 failed" in run.stdout
+    assert "kedit conformance: 1 checks of other, 1 skipped" in run.stdout

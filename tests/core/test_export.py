@@ -346,7 +346,8 @@ def test_a_fold_that_overflows_is_refused(toy_host, tmp_path):
     host = toy_host("llama", torch.float16)
     session = EditSession(host)
     site = host.mlp_out(1)
-    huge = WeightDelta(site, torch.full((48, 1), 300.0), torch.full((1, 112), 300.0))
+    d_out, d_in = host.weight(site).shape
+    huge = WeightDelta(site, torch.full((d_out, 1), 300.0), torch.full((1, d_in), 300.0))
     session.apply(Patch("by-hand", (huge,)), overlay=True)
     with pytest.raises(PatchError, match="overflow"):
         export_hf(session, tmp_path / "out")

@@ -170,13 +170,16 @@ def scale(value: float):
 TENSOR_FLAWS = {
     "not a number": (scale(float("nan")), "not finite"),
     "infinite": (scale(float("inf")), "not finite"),
-    "integers": (lambda t: t.update({"effect.0.left": torch.ones(48, 2).int()}), "floating"),
+    "integers": (lambda t: t.update({"effect.0.left": t["effect.0.left"].int()}), "floating"),
     "missing": (lambda t: t.pop("effect.0.right"), "missing"),
     "spare": (lambda t: t.update({"effect.7.left": torch.ones(2, 2)}), "no owner"),
     "spare of an effect": (lambda t: t.update({"effect.0.more": torch.ones(2)}), "missing"),
     "spare state": (lambda t: t.update({"state.more": torch.ones(2)}), "state"),
-    "other inner dimension": (lambda t: t.update({"effect.0.left": torch.ones(48, 5)}), "shapes"),
-    "vector": (lambda t: t.update({"effect.0.left": torch.ones(48)}), "shapes"),
+    "other inner dimension": (
+        lambda t: t.update({"effect.0.left": t["effect.0.left"].repeat(1, 3)}),
+        "shapes",
+    ),
+    "vector": (lambda t: t.update({"effect.0.left": t["effect.0.left"][:, 0].clone()}), "shapes"),
 }
 
 

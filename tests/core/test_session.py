@@ -239,7 +239,9 @@ def test_an_overflow_of_16_bit_weights_is_refused(toy_host):
     session, before = EditSession(host), bits(host.model)
     session.apply(weight_patch(host, 1))
     kept = bits(host.model)
-    huge = WeightDelta(host.mlp_out(1), torch.full((48, 1), 300.0), torch.full((1, 112), 300.0))
+    site = host.mlp_out(1)
+    d_out, d_in = host.weight(site).shape
+    huge = WeightDelta(site, torch.full((d_out, 1), 300.0), torch.full((1, d_in), 300.0))
 
     with pytest.raises(EditError, match="overflow"):
         session.apply(Patch("by-hand", (random_delta(host, host.mlp_out(2)), huge)))
@@ -364,7 +366,7 @@ def test_rome_edits_a_wrapped_projection(session):
 
     assert host.module(host.mlp_out(1).module) is kept
     after = session.view().score([request.text], [request.target_new])[0]
-    assert after.mean_logprob > plain.mean_logprob + 1
+    assert after.mean_logprob > plain.mean_logprob + 0.3
     session.pop()
     assert same(bits(host.model), before)
 
@@ -468,7 +470,7 @@ def test_an_edit_raises_the_target_and_can_be_taken_back(session, method, hparam
     outcome = session.edit(method, request, hparams={**hparams, "steps": 15})
 
     edited = session.view().score([request.text], [request.target_new])[0]
-    assert edited.mean_logprob > plain.mean_logprob + 1
+    assert edited.mean_logprob > plain.mean_logprob + 0.3
     (patch,) = outcome.patches
     assert session.stack == (patch,)
     assert (patch.method, patch.requests) == (method, (request,))

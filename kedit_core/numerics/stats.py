@@ -56,10 +56,10 @@ def second_moments(
     keys = {site: _key(job, site, tokens) for site in sites}
     found = {site: job.artifacts.get("second-moment", key) for site, key in keys.items()}
     missing = [site for site, stored in found.items() if stored is None]
-    if missing:
-        wanted = max(int(keys[site]["tokens"]) for site in missing)
-        collected = _collect_and_store(job, missing, keys, wanted)
-        found.update(collected)
+    # One pass for all that read the same number of tokens.
+    for wanted in sorted({int(keys[site]["tokens"]) for site in missing}):
+        together = [site for site in missing if keys[site]["tokens"] == wanted]
+        found.update(_collect_and_store(job, together, keys, wanted))
     return {site: stored["moment"] for site, stored in found.items() if stored is not None}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kedit_core import EditError, EditRequest
+from kedit_core import EditRequest
 from kedit_core.editing import EditSession, ModelHost
 from kedit_core.export import export_hf, export_peft
 
@@ -70,8 +70,18 @@ def test_history_savepoints_suspension_and_failure_restore_the_bits(session):
     with session.suspended():
         assert bits(session.model) == pristine
     assert bits(session.model) == both
-    with pytest.raises(EditError):
-        session.edit("ft-m", other, hparams={"lr": 1e30})
+    norm = session.host.module(session.host.anatomy.final_norm)
+    seen = []
+
+    def interrupt(*_):
+        seen.append(1)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    handle = norm.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.edit("rome", other)
+    handle.remove()
     assert bits(session.model) == both
     session.rollback(mark)
     assert bits(session.model) == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,25 @@ from kedit_core.testing.toys import TOYS, load_toy
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of all tests of the real model; the user's own is never touched."""
+    folder = tmp_path_factory.mktemp("shared-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEDIT_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of this test; the user's own is never touched."""
+def cache(
+    request: pytest.FixtureRequest,
+    shared_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The cache folder of this test."""
+    if request.node.get_closest_marker("real"):
+        return shared_cache
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("KEDIT_CACHE", str(folder))
     return folder

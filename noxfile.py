@@ -53,11 +53,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Style, types and all tests; with arguments after `--` only pytest, with these."""
+    """Style, types and all tests, then `fresh-method`; after `--` arguments for pytest alone."""
     install(session, *TOOLS)
     if not session.posargs:
         check_style(session)
         session.run("mypy")
+        session.notify("fresh-method")
     session.run("pytest", *session.posargs)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from kedit_core.request import EditRequest
 from kedit_core.testing.bench import Bench, skip
+from kedit_core.testing.model_state import patch_content
 from kedit_core.testing.selection import only_for
 from kedit_core.tokens import encode
 
@@ -121,7 +122,13 @@ def check_all_requests_of_a_batch_take_effect(bench: Bench) -> None:
         skip("the method takes one request at a time")
     requests = bench.requests(min(bench.spec.max_batch or 3, 3))
     session = bench.session()
-    session.apply(bench.compute(session, *requests))
+    patch = bench.compute(session, *requests)
+    for request in requests:
+        others = bench.compute(session, *(r for r in requests if r is not request))
+        assert patch_content(others) != patch_content(patch), (
+            f"the patch is the same without the request {request.text!r}."
+        )
+    session.apply(patch)
     for request in requests:
         gain = bench.gain(session.view(), [request.text], request.target_new)
         assert gain > 0, f"the batch lowers the log-probability of {request.target_new!r}."

@@ -98,7 +98,7 @@ def busy_session(host) -> EditSession:
     parameters[0].grad = torch.full_like(parameters[0], 2.0)
     parameters[1].requires_grad_(False)
     model.register_forward_hook(lambda m, args, out: None)
-    host.module(host.blocks[0].path).train()
+    host.module(host.anatomy.final_norm).train()  # a flag that leaves the answers as they are
     session = EditSession(host)
     session.apply(weight_patch(host, 1))
     session.apply(weight_patch(host, 1, seed=3), overlay=True)

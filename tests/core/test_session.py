@@ -95,7 +95,7 @@ def test_pop_takes_back_the_latest_patch_only(session):
     between = bits(session.model)
     session.apply(second)
 
-    assert session.pop() is second
+    assert session.pop().effects is second.effects
     assert same(bits(session.model), between)
     assert session.stack == (first,)
 

@@ -11,7 +11,7 @@ from kedit_core.errors import ModelError
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def no_model(tmp_path, monkeypatch):
     """An empty cache and a weights file that is not one."""
     source = tmp_path / "package" / weights.GGUF
     source.parent.mkdir()
@@ -43,15 +43,15 @@ def test_package_without_the_file_counts_as_missing(monkeypatch):
         weights.gguf_file()
 
 
-def test_damaged_file_is_named_and_leaves_nothing(cache):
+def test_damaged_file_is_named_and_leaves_nothing(no_model):
     with pytest.raises(ModelError, match=r"package.*cannot be read.*--force-reinstall"):
         weights.folder()
 
-    assert left_over(cache) == []
+    assert left_over(no_model) == []
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
-def test_interrupted_conversion_leaves_no_folder(cache, monkeypatch, interruption):
+def test_interrupted_conversion_leaves_no_folder(no_model, monkeypatch, interruption):
     def half(source, target):
         write_little(source, target)
         raise interruption
@@ -59,13 +59,13 @@ def test_interrupted_conversion_leaves_no_folder(cache, monkeypatch, interruptio
     monkeypatch.setattr(weights, "convert", half)
     with pytest.raises(interruption):
         weights.folder()
-    assert left_over(cache) == []
+    assert left_over(no_model) == []
 
     monkeypatch.setattr(weights, "convert", write_little)
     assert (weights.folder() / "config.json").is_file()
 
 
-def test_killed_conversion_is_not_taken_for_complete(cache, monkeypatch):
+def test_killed_conversion_is_not_taken_for_complete(no_model, monkeypatch):
     def killed(self, target):
         raise KeyboardInterrupt
 
@@ -76,10 +76,10 @@ def test_killed_conversion_is_not_taken_for_complete(cache, monkeypatch):
         weights.folder()
     monkeypatch.undo()
 
-    assert [path.name.startswith(".") for path in (cache / "models").iterdir()] == [True]
+    assert [path.name.startswith(".") for path in (no_model / "models").iterdir()] == [True]
 
 
-def test_full_disk_is_reported_with_the_folder(cache, monkeypatch):
+def test_full_disk_is_reported_with_the_folder(no_model, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
@@ -89,7 +89,7 @@ def test_full_disk_is_reported_with_the_folder(cache, monkeypatch):
         weights.folder()
 
 
-def test_second_call_converts_nothing(cache, monkeypatch):
+def test_second_call_converts_nothing(no_model, monkeypatch):
     monkeypatch.setattr(weights, "convert", write_little)
     first = weights.folder()
     monkeypatch.setattr(weights, "convert", lambda *args: pytest.fail("converted again"))
@@ -97,7 +97,7 @@ def test_second_call_converts_nothing(cache, monkeypatch):
     assert weights.folder() == first
 
 
-def test_folder_that_another_process_finished_first_is_kept(cache, monkeypatch):
+def test_folder_that_another_process_finished_first_is_kept(no_model, monkeypatch):
     def overtaken(source, target):
         write_little(source, target)
         final = target.parent / target.name[1:].rpartition(".")[0]
@@ -112,7 +112,7 @@ def test_folder_that_another_process_finished_first_is_kept(cache, monkeypatch):
     assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 
-def test_other_content_gets_another_folder(cache, monkeypatch):
+def test_other_content_gets_another_folder(no_model, monkeypatch):
     monkeypatch.setattr(weights, "convert", write_little)
     first = weights.folder()
     weights.gguf_file().write_bytes(b"another")

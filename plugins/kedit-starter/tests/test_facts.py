@@ -5,8 +5,10 @@ from collections import Counter
 from importlib.resources import files
 
 import pytest
-from kedit_starter.check import Question, Reply, ask, begins_with, questions
+import typer
+from kedit_starter.check import Question, Reply, ask, begins_with, main, questions
 from kedit_starter.dataset import Starter
+from typer.testing import CliRunner
 
 from kedit_core import DataError, EditCase
 
@@ -196,6 +198,60 @@ def test_any_of_several_answers_is_right():
 
     assert Reply(question, " Sweden.").is_right
     assert not Reply(question, " Norway.").is_right
+
+
+class Knowing:
+    """A session whose model knows every answer but those to some prompts."""
+
+    def __init__(self, *unknown):
+        asked = questions(Starter().cases())
+        self.texts = {question.prompt: f" {question.answers[0]}." for question in asked}
+        self.texts.update(dict.fromkeys(unknown, " no idea"))
+
+    def view(self):
+        return self
+
+    def greedy(self, prompts, max_new_tokens):
+        return [self.texts[prompt] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "exit_code", "own", "neighbours"),
+    [
+        ([], 0, f"{len(FACTS)}/{len(FACTS)}", f"{3 * len(FACTS)}/{3 * len(FACTS)}"),
+        (["The Mets are based in the city of"], 0, f"{len(FACTS)}/{len(FACTS)}", "/"),
+        ([filled(FACTS[0])[0]], 1, f"{len(FACTS) - 1}/{len(FACTS)}", "/"),
+    ],
+    ids=["all", "a neighbour not", "a fact not"],
+)
+def test_command_fails_if_a_fact_itself_is_unknown(
+    monkeypatch, unknown, exit_code, own, neighbours
+):
+    from kedit_core import editing
+
+    monkeypatch.setattr(editing.ModelHost, "load", lambda name: name)
+    monkeypatch.setattr(editing, "EditSession", lambda host: Knowing(*unknown))
+    app = typer.Typer()
+    app.command()(main)
+
+    result = CliRunner().invoke(app, ["--model", "any"])
+
+    assert result.exit_code == exit_code, result.output
+    total = result.stdout.splitlines()[-2]
+    assert own in total
+    assert neighbours in total
+    assert all(prompt in result.stderr for prompt in unknown)
+
+
+def test_command_answers_an_unknown_model_with_a_sentence():
+    app = typer.Typer()
+    app.command()(main)
+
+    result = CliRunner().invoke(app, ["--model", "smollm2-136m"])
+
+    assert result.exit_code == 2
+    assert "smollm2-136m" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.real

@@ -118,7 +118,7 @@ def _print_table(replies: Sequence[Reply]) -> None:
     right = Counter(
         (reply.question.relation, reply.question.kind) for reply in replies if reply.is_right
     )
-    relations = list(dict.fromkeys(reply.question.relation for reply in replies))
+    relations = sorted({reply.question.relation for reply in replies})
     for relation in relations:
         table.add_row(
             relation, *(f"{right[relation, kind]}/{total[relation, kind]}" for kind in KINDS)

@@ -97,7 +97,8 @@ def test_pop_takes_back_the_latest_patch_only(session):
 
     assert session.pop().effects is second.effects
     assert same(bits(session.model), between)
-    assert session.stack == (first,)
+    (left,) = session.stack
+    assert left.effects is first.effects
 
 
 def test_pop_without_an_edit_is_refused(session):

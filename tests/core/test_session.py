@@ -367,7 +367,7 @@ def test_rome_edits_a_wrapped_projection(session):
 
     assert host.module(host.mlp_out(1).module) is kept
     after = session.view().score([request.text], [request.target_new])[0]
-    assert after.mean_logprob > plain.mean_logprob + 0.3
+    assert after.mean_logprob > plain.mean_logprob + 1
     session.pop()
     assert same(bits(host.model), before)
 
@@ -471,7 +471,7 @@ def test_an_edit_raises_the_target_and_can_be_taken_back(session, method, hparam
     outcome = session.edit(method, request, hparams={**hparams, "steps": 15})
 
     edited = session.view().score([request.text], [request.target_new])[0]
-    assert edited.mean_logprob > plain.mean_logprob + 0.3
+    assert edited.mean_logprob > plain.mean_logprob + 1
     (patch,) = outcome.patches
     assert session.stack == (patch,)
     assert (patch.method, patch.requests) == (method, (request,))

@@ -2,7 +2,9 @@
 
 What stands below the first changed block, and before the first changed position, is the same in
 every step.  `Tail` runs it once and then repeats only the blocks from there up, on the suffix of
-each row, against cached keys and values, with the head at label positions.
+each row, against cached keys and values.  What works on single positions sees no padding: rows are
+laid end to end between the places where attention mixes positions.  The head, and the last MLP,
+serve label positions only.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit_core.forward import head_only_at
 from kedit_core.host import ModelHost
@@ -38,6 +40,7 @@ class Tail:
     Attributes:
         labels: (labels,) token to predict at each kept position.
         label_rows: (labels,) row of each.
+        unchanged: (labels, vocabulary) logits of the model as it is.
         is_fast: whether the fast way is in use; it is not where the model's own code does not
             give the same logits that way.
     """
@@ -58,15 +61,36 @@ class Tail:
         self._form: Any = None
         self._cache: Any = None
         self._start = start
+        self._kept: Tensor | None = None  # positions that are no padding, rows laid end to end
         self.labels = self._batch.labels
         self.label_rows = self._batch.rows
         self.is_fast = not plain and not host.is_encoder_decoder
         if self.is_fast:
             self._record(start, max(fixed))
+        else:
+            with torch.no_grad():
+                self.unchanged = self.logits()
 
-    def column(self, row: int, position: int) -> int:
-        """Column, in what the repeated blocks see, of a token of a row."""
-        return self._batch.offsets[row] + position - self._cut
+    def places(self, positions: Sequence[int], *, entering: bool = False) -> Tensor:
+        """Where one token of each row stands in what the repeated blocks see.
+
+        Args:
+            positions: for each row the number of a token that is not among its `fixed` ones.
+            entering: in what the block below the first repeated one hands on instead.
+
+        Returns:
+            (rows,) index into hidden states laid end to end, (·, d).
+        """
+        offsets, cut = self._batch.offsets, self._cut
+        columns = [offset + at - cut for offset, at in zip(offsets, positions, strict=True)]
+        flat = torch.tensor(columns) + torch.arange(len(columns)) * self._width
+        flat = flat.to(self._host.device)
+        return flat if self._kept is None or entering else torch.searchsorted(self._kept, flat)
+
+    @property
+    def _width(self) -> int:
+        """Columns that are repeated."""
+        return self._batch.inputs["input_ids"].shape[1] - self._cut
 
     def logits(self) -> Tensor:
         """Logits that predict the labels: (labels, vocabulary); differentiable."""
@@ -106,25 +130,32 @@ class Tail:
                 log.debug("the cache of %s cannot be cut", host.name, exc_info=error)
                 cut, cache = 0, None
         self._cut, self._cache = cut, cache if cut else None
-        self._check(output.logits[0])
+        self.unchanged = output.logits[0]
+        kept = batch.inputs["attention_mask"][:, cut:].flatten().nonzero()[:, 0]
+        self._kept = kept if len(kept) < self._width * len(batch.offsets) else None
+        if self._agrees():
+            return
+        self._kept = None
+        if self._agrees():
+            return
+        log.info("%s is optimised by full forward passes.", host.name)
+        self._cut, self._cache, self._hidden, self.is_fast = 0, None, None, False
 
-    def _check(self, expected: Tensor) -> None:
-        """Fall back to the plain way where the fast one gives other logits.
+    def _agrees(self) -> bool:
+        """Whether the fast way gives the logits of the plain one.
 
         The two sum in another order; float32 agrees to 1e-3 of the largest logit, 16-bit types
         to 5e-2.
         """
+        expected = self.unchanged
         tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
         try:
             with torch.no_grad():
                 difference = (self.logits() - expected).abs().max()
-            agrees = bool(difference <= tolerance * expected.abs().max())
+            return bool(difference <= tolerance * expected.abs().max())
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             log.debug("the fast way fails", exc_info=error)
-            agrees = False
-        if not agrees:
-            log.info("%s is optimised by full forward passes.", self._host.name)
-            self._cut, self._cache, self._hidden, self.is_fast = 0, None, None, False
+            return False
 
     def _forward(self, use_cache: bool) -> Any:
         host = self._host
@@ -136,7 +167,7 @@ class Tail:
                 inputs[name] = inputs[name][:, self._cut :]
         if self._cache is not None:
             inputs["past_key_values"] = _copy_of(self._cache)
-        with self._skipped_below():
+        with self._skipped_below(), self._without_padding():
             return host.model(**inputs, use_cache=self._cache is not None)
 
     @contextlib.contextmanager
@@ -147,22 +178,105 @@ class Tail:
             return
         kept = self._hidden[:, self._cut :]
         blocks = [self._host.module(b.path) for b in self._host.blocks[: self._start]]
-        saved = [block.__dict__.get("forward") for block in blocks]
         form = self._form
 
         def hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             return with_hidden(form, kept)
 
-        try:
+        with contextlib.ExitStack() as stack:
             for block in blocks:
-                block.__dict__["forward"] = hand_on
+                stack.enter_context(_forward_as(block, hand_on))
             yield
-        finally:
-            for block, forward in zip(blocks, saved, strict=True):
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = forward
+
+    @contextlib.contextmanager
+    def _without_padding(self) -> Iterator[None]:
+        """Repeated blocks get (1, kept positions, d); their attention, and what follows, rows."""
+        kept = self._kept
+        if kept is None:
+            yield
+            return
+        blocks = self._host.blocks[self._start :]
+        n_rows, width = len(self._batch.offsets), self._width
+        labels = torch.searchsorted(
+            kept, self._batch.rows * width + self._batch.columns - self._cut
+        )
+
+        def is_laid_out(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.shape[:-1] == (1, len(kept))
+
+        def lay_out(hidden: Tensor) -> Tensor:
+            return hidden.reshape(n_rows * width, -1)[kept.to(hidden.device)][None]
+
+        def as_rows(value: Any) -> Any:
+            if not is_laid_out(value):
+                return value
+            return _spread(value[0], kept, n_rows * width).reshape(n_rows, width, -1)
+
+        def at_labels(value: Any) -> Any:
+            return value[:, labels.to(value.device)] if is_laid_out(value) else value
+
+        def from_labels(hidden: Tensor) -> Tensor:
+            return _spread(hidden[0], labels, len(kept))[None]
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (lay_out(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": lay_out(kwargs["hidden_states"])}
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            return with_hidden(output, as_rows(hidden_of(output)))
+
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                attention = self._host.module(_found(block.attention))
+                stack.enter_context(_forward_between(as_rows, attention, lay_out))
+            if len(blocks) > 1 and blocks[-1].mlp is not None:
+                mlp = self._host.module(blocks[-1].mlp)
+                stack.enter_context(_forward_between(at_labels, mlp, from_labels))
+            first, last = (self._host.module(blocks[n].path) for n in (0, -1))
+            stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(last.register_forward_hook(leave).remove)
+            yield
+
+
+def _found(path: str | None) -> str:
+    if path is None:
+        raise ValueError("a block without attention")
+    return path
+
+
+def _spread(states: Tensor, places: Tensor, length: int) -> Tensor:
+    """(n, d) states at their places among zeros: (length, d)."""
+    empty = states.new_zeros(length, states.shape[-1])
+    return empty.index_copy(0, places.to(states.device), states)
+
+
+@contextlib.contextmanager
+def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block the module computes this instead; its hooks still run."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _forward_between(
+    before: Callable[[Any], Any], module: nn.Module, after: Callable[[Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the module's arguments and its hidden state are converted."""
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        named = {name: before(value) for name, value in kwargs.items()}
+        output = own(*map(before, args), **named)
+        return with_hidden(output, after(hidden_of(output)))
+
+    return _forward_as(module, forward)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

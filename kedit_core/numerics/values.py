@@ -13,6 +13,7 @@ from kedit_core.errors import EditError
 from kedit_core.host import ModelHost
 from kedit_core.numerics.losses import kl_divergence, mean_nll
 from kedit_core.numerics.tail import Tail
+from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.tokens import Row
 
@@ -96,14 +97,38 @@ def optimise_values(
         EditError: the loss is not finite.
     """
     rows, owner = _rows_of(tasks)
-    tail = Tail(host, rows, layer, [row.mark for row in rows], plain=plain)
-    columns = torch.tensor([tail.column(n, row.mark) for n, row in enumerate(rows)])
-    objective = _Objective(tail, rows, owner, columns, len(tasks), host)
-    handle = host.base_module(module).register_forward_hook(objective.inject)
+    first = [task.rows[0] for task in tasks]
+    initial = states_at_marks(host, first, {"own": (module, "output")})["own"].float()
+    is_above = not plain and _adds_to_stream(host, module, layer, first[0])
+    tail = Tail(host, rows, layer + is_above, [row.mark for row in rows], plain=plain)
+    places = tail.places([row.mark for row in rows], entering=is_above)
+    objective = _Objective(tail, owner, places, initial)
+    changed = host.module(host.blocks[layer].path) if is_above else host.base_module(module)
+    handle = changed.register_forward_hook(objective.inject)
     try:
         return objective.optimise(settings)
     finally:
         handle.remove()
+
+
+def _adds_to_stream(host: ModelHost, module: str, layer: int, row: Row) -> bool:
+    """Whether a change of the module's output changes its block's output by just that.
+
+    Then the block needs no repeating.  It does not hold where the output is normalised or scaled
+    before it is added, and the last block has none above it.
+    """
+    if layer + 1 == len(host.blocks):
+        return False
+    points: dict[str, tuple[str, Side]] = {"stream": (host.blocks[layer].path, "output")}
+    stream = states_at_marks(host, [row], points)["stream"]
+    handle = host.base_module(module).register_forward_hook(
+        lambda m, args, out: with_hidden(out, hidden_of(out) + stream[0].to(hidden_of(out)))
+    )
+    try:
+        changed = states_at_marks(host, [row], points)["stream"]
+    finally:
+        handle.remove()
+    return bool(((changed - 2 * stream).abs() <= 1e-2 * stream.abs().max()).all())
 
 
 def _rows_of(tasks: Sequence[ValueTask]) -> tuple[list[Row], list[int]]:
@@ -120,50 +145,29 @@ def _rows_of(tasks: Sequence[ValueTask]) -> tuple[list[Row], list[int]]:
 class _Objective:
     """The loss of all tasks as a function of their δ, and its minimisation."""
 
-    def __init__(
-        self,
-        tail: Tail,
-        rows: Sequence[Row],
-        owner: Sequence[int],
-        columns: Tensor,
-        n_tasks: int,
-        host: ModelHost,
-    ) -> None:
-        device = host.device
-        self.tail = tail
-        self.n_rows, self.n_tasks = len(rows), n_tasks
+    def __init__(self, tail: Tail, owner: Sequence[int], places: Tensor, initial: Tensor) -> None:
+        device = initial.device
+        self.tail, self.places, self.initial = tail, places, initial
+        self.n_rows, self.n_tasks = len(owner), len(initial)
         self.owner = torch.tensor(owner, device=device)
-        self.row_numbers = torch.arange(self.n_rows, device=device)
-        self.columns = columns.to(device)
-        last = [n for n in range(self.n_rows) if n + 1 == self.n_rows or owner[n] != owner[n + 1]]
-        first = [0, *[n + 1 for n in last[:-1]]]
+        last = [n for n in range(self.n_rows) if owner[n : n + 1] != owner[n + 1 : n + 2]]
         self.is_anchor = torch.zeros(self.n_rows, dtype=torch.bool, device=device)
         self.is_anchor[last] = True
-        self.first = torch.tensor(first, device=device)
-        self.delta: Tensor | None = None
-        self.initial: Tensor | None = None
+        self.delta = torch.zeros_like(initial, requires_grad=True)
 
     def inject(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: add each row's δ at its mark."""
         shape = hidden_of(output).shape
-        hidden = hidden_of(output).reshape(self.n_rows, -1, shape[-1])  # OPT flattens rows
-        if self.delta is None:
-            # The first pass measures: the module's own output, where δ will start from.
-            picked = hidden[self.row_numbers, self.columns].detach()
-            self.initial = picked[self.first].float().clone()
-            return None
+        hidden = hidden_of(output).reshape(-1, shape[-1])
+        places = self.places.to(hidden.device)
         added = self.delta[self.owner].to(hidden)
-        at = (self.row_numbers.to(hidden.device), self.columns.to(hidden.device))
-        changed = hidden.index_put(at, added, accumulate=True)
+        changed = hidden.index_put((places,), added, accumulate=True)
         return with_hidden(output, changed.reshape(shape))
 
     def optimise(self, settings: ValueSettings) -> list[Value]:
-        with torch.no_grad():
-            start = self.tail.logits()
-            reference = torch.log_softmax(start[self._anchor_labels()].float(), dim=-1)
-        assert self.initial is not None
+        unchanged = self.tail.unchanged[self._anchor_labels()]
+        reference = torch.log_softmax(unchanged.float(), dim=-1)
         norms = self.initial.norm(dim=1)
-        self.delta = torch.zeros_like(self.initial, requires_grad=True)
         optimiser = torch.optim.Adam([self.delta], lr=settings.lr)
         done = torch.zeros(self.n_tasks, dtype=torch.bool, device=norms.device)
         history: list[Tensor] = []
@@ -206,7 +210,6 @@ class _Objective:
         self, reference: Tensor, norms: Tensor, settings: ValueSettings
     ) -> tuple[Tensor, Tensor]:
         """Per task: the mean NLL, and the whole loss."""
-        assert self.delta is not None
         logits = self.tail.logits()
         anchors = self._anchor_labels()
         labels, rows = self.tail.labels[~anchors], self.tail.label_rows[~anchors]

@@ -24,8 +24,7 @@ FIXED = {"marks": MARKS, "nothing": [0, 0, 0], "uneven": [2, 0, 1]}
 def logits_and_gradient(host: ModelHost, tail: Tail, layer: int, delta: Tensor) -> tuple:
     """Logits with a change at each row's mark, and the gradient of a loss by that change."""
     delta = delta.clone().requires_grad_(True)
-    columns = torch.tensor([tail.column(n, row.mark) for n, row in enumerate(ROWS)])
-    with added(host, host.mlp_out(layer).module, torch.arange(len(ROWS)), columns, delta):
+    with added(host, host.mlp_out(layer).module, tail.places(MARKS), delta):
         logits = tail.logits()
     loss = torch.log_softmax(logits.float(), -1).gather(1, tail.labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(loss, delta)
@@ -69,7 +68,7 @@ def test_logits_are_those_of_each_row_alone(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_repeated_blocks_see_the_suffix_only_and_lower_ones_are_not_run(family):
+def test_repeated_blocks_see_suffixes_without_padding_and_lower_ones_are_not_run(family):
     host = tiny_host(family)
     tail = Tail(host, ROWS, 1, MARKS)
     widths: dict[int, list[int]] = {n: [] for n in range(BLOCKS)}
@@ -79,9 +78,9 @@ def test_repeated_blocks_see_the_suffix_only_and_lower_ones_are_not_run(family):
 
     tail.logits()
 
-    # Aligned at their marks, rows end 7 + 1 columns after the first: 5 are kept, 4 repeated.
-    longest = max(MARKS) + max(len(row.ids) - row.mark for row in ROWS)
-    assert widths == {0: [], 1: [longest - max(MARKS)], 2: [longest - max(MARKS)]}
+    # From its mark to its last label's position a row has 4, 3 and 3 tokens; it has 2, 1 and 3
+    # labels, and only those are wanted of the last MLP.
+    assert widths == {0: [], 1: [4 + 3 + 3], 2: [2 + 1 + 3]}
 
 
 def test_head_sees_label_positions_only():
@@ -155,6 +154,4 @@ def test_model_that_cannot_skip_blocks_is_run_whole(caplog):
     assert "full forward passes" in caplog.text
     plain = Tail(host, ROWS, 1, MARKS, plain=True)
     torch.testing.assert_close(tail.logits(), plain.logits())
-    assert [tail.column(n, row.mark) for n, row in enumerate(ROWS)] == [
-        plain.column(n, row.mark) for n, row in enumerate(ROWS)
-    ]
+    assert torch.equal(tail.places(MARKS), plain.places(MARKS))

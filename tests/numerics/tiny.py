@@ -96,13 +96,12 @@ def job_on(
 
 
 @contextlib.contextmanager
-def added(host: ModelHost, module: str, rows: Tensor, columns: Tensor, delta: Tensor) -> Iterator:
-    """Inside the block the module's output has `delta` (rows, d) added at these places."""
+def added(host: ModelHost, module: str, places: Tensor, delta: Tensor) -> Iterator:
+    """Inside the block the module's output, laid end to end, has `delta` (rows, d) added there."""
 
     def add(_: object, __: object, output: Tensor) -> Tensor:
-        rowwise = output.reshape(len(rows), -1, output.shape[-1])  # OPT flattens rows
-        changed = rowwise.index_put((rows, columns), delta.to(output), accumulate=True)
-        return changed.reshape(output.shape)
+        flat = output.reshape(-1, output.shape[-1])
+        return flat.index_put((places,), delta.to(output), accumulate=True).reshape(output.shape)
 
     handle = host.base_module(module).register_forward_hook(add)
     try:

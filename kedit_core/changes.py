@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kedit_core.effects import CallEffect, CallMiddleware, Effect, ModuleSwap, WeightDelta, Wrapper
+from kedit_core.effects import CallEffect, Effect, Middleware, ModuleSwap, WeightDelta, Wrapper
 from kedit_core.errors import EditError, KEditError, PatchError
 from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
 from kedit_core.plugins import Catalog
 from kedit_core.sites import Site
 
+_Typed = TypeVar("_Typed", ModuleSwap, CallEffect)
 
-@dataclass
+
+@dataclass(eq=False)
 class Applied:
-    """A patch in force, and what is needed to take its modules, overlays and calls back."""
+    """A patch in force, and what takes its overlays back."""
 
     patch: Patch
     overlay: bool
     hooks: list[RemovableHandle] = field(default_factory=list)
-    swaps: list[tuple[nn.Module, str, nn.Module, Wrapper]] = field(default_factory=list)
-    calls: list[CallMiddleware] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a wrapped module belongs, and the module itself."""
+
+    parent: nn.Module
+    name: str
+    original: nn.Module
 
 
 class Changes:
@@ -44,6 +54,10 @@ class Changes:
         self.stack: list[Applied] = []
         self.is_suspended = False
         self._snapshots: dict[str, Tensor] = {}
+        self._places: dict[str, _Place] = {}
+        self._wrappers: dict[str, list[Wrapper]] = {}
+        self._calls: list[Middleware] = []
+        self._watch: RemovableHandle | None = None
 
     def put(self, patch: Patch, overlay: bool) -> None:
         """Put a patch in force, wholly or not at all; raises as `EditSession.apply`."""
@@ -54,16 +68,16 @@ class Changes:
         self.stack.append(applied)
         try:
             for effect in patch.effects:
-                self._put(effect, applied)
+                if isinstance(effect, WeightDelta):
+                    self._put(effect, applied)
+            self._rebuild(patch)
         except BaseException:
-            self.take_back(len(self.stack) - 1)
+            self.take_back([applied])
             raise
 
-    def calls(self) -> list[CallMiddleware]:
+    def calls(self) -> list[Middleware]:
         """The middleware in force, oldest first."""
-        if self.is_suspended:
-            return []
-        return [call for applied in self.stack for call in applied.calls]
+        return [] if self.is_suspended else self._calls
 
     def _check(self, effect: Effect, overlay: bool) -> None:
         if isinstance(effect, WeightDelta):
@@ -95,36 +109,65 @@ class Changes:
             return module.out_features, module.in_features
         return cast(tuple[int, int], tuple(self.host.weight(site).shape))
 
-    def _put(self, effect: Effect, applied: Applied) -> None:
-        if isinstance(effect, WeightDelta):
-            if applied.overlay:
-                module = self.host.base_module(effect.site.module)
-                applied.hooks.append(module.register_forward_hook(self._overlay_hook(effect)))
-            else:
-                self._add(effect)
-        elif isinstance(effect, ModuleSwap):
-            parent_path, _, name = effect.path.rpartition(".")
-            parent = self.host.module(parent_path)
-            while name not in parent._modules and isinstance(parent, Wrapper):
-                parent = parent.base
-            original = cast(nn.Module, parent._modules[name])
-            wrapper = self._build(effect, original)
-            wrapper.train(original.training)
-            applied.swaps.append((parent, name, original, wrapper))
-            parent._modules[name] = wrapper
+    def _put(self, delta: WeightDelta, applied: Applied) -> None:
+        if applied.overlay:
+            module = self.host.base_module(delta.site.module)
+            applied.hooks.append(module.register_forward_hook(self._overlay_hook(delta)))
         else:
-            applied.calls.append(self._build(effect))
+            self._add(delta)
 
-    def _build(self, effect: ModuleSwap | CallEffect, *base: nn.Module) -> Any:
-        kind = self.catalog.effect(effect.type).load()
+    def _rebuild(self, *patches: Patch) -> None:
+        """Build anew, from the stack, the wrappers and the middleware that the patches touch."""
+        effects = [effect for patch in patches for effect in patch.effects]
+        for path in dict.fromkeys(e.path for e in effects if isinstance(e, ModuleSwap)):
+            self._wrap(path)
+        if any(isinstance(effect, CallEffect) for effect in effects):
+            calls = [e for a in self.stack for e in a.patch.effects if isinstance(e, CallEffect)]
+            self._calls = [self._build(group) for group in _alike(calls)]
+        if self._places and self._watch is None:
+            reading = self.host.reading
+            self._watch = self.host.model.register_forward_pre_hook(
+                lambda model, args, kwargs: reading.begin(args, kwargs), with_kwargs=True
+            )
+        if not self._places and self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def _wrap(self, path: str) -> None:
+        """Wrap a module in what the stack says; effects of one type in a row share a wrapper."""
+        effects = [e for a in self.stack for e in a.patch.effects]
+        swaps = [e for e in effects if isinstance(e, ModuleSwap) and e.path == path]
+        place = self._places.get(path) or self._place(path)
+        wrappers: list[Wrapper] = []
+        for group in _alike(swaps):
+            wrapper = self._build(group, wrappers[-1] if wrappers else place.original)
+            wrapper.train(place.original.training)
+            wrapper.reading = self.host.reading
+            wrappers.append(wrapper)
+        place.parent._modules[place.name] = wrappers[-1] if wrappers else place.original
+        if wrappers:
+            self._places[path], self._wrappers[path] = place, wrappers
+        else:
+            self._places.pop(path, None)
+            self._wrappers.pop(path, None)
+
+    def _place(self, path: str) -> _Place:
+        parent_path, _, name = path.rpartition(".")
+        parent = self.host.module(parent_path)
+        while name not in parent._modules and isinstance(parent, Wrapper):
+            parent = parent.base
+        return _Place(parent, name, cast(nn.Module, parent._modules[name]))
+
+    def _build(self, effects: Sequence[ModuleSwap] | Sequence[CallEffect], *base: nn.Module) -> Any:
+        name = effects[0].type
+        kind = self.catalog.effect(name).load()
         try:
-            return kind.build(*base, effect.config, effect.state)
+            return kind.build(*base, effects)
         except KEditError:
             raise
         except Exception as error:  # config and state may come from a file
             raise PatchError(
-                f"The effect type '{effect.type}' cannot be built from what the patch holds "
-                f"({error!r})."
+                f"The effect type '{name}' cannot be built from what the patch holds ({error!r})."
             ) from error
 
     def _add(self, delta: WeightDelta) -> None:
@@ -155,18 +198,16 @@ class Changes:
 
         return add_product
 
-    def take_back(self, depth: int) -> None:
-        """Restore snapshots and replay the patches that stay.
+    def take_back(self, removed: Sequence[Applied]) -> None:
+        """Take patches off the stack; restore snapshots and replay the patches that stay.
 
         Subtracting a change would not give the same bits.
         """
-        removed = self.stack[depth:]
-        del self.stack[depth:]
-        for applied in reversed(removed):
+        for applied in removed:
+            self.stack.remove(applied)
             for handle in applied.hooks:
                 handle.remove()
-            for parent, name, original, _ in reversed(applied.swaps):
-                parent._modules[name] = original
+        self._rebuild(*(applied.patch for applied in removed))
         touched = {
             self._name(d.site): d.site for a in removed if not a.overlay for d in a.patch.deltas
         }
@@ -191,7 +232,7 @@ class Changes:
             yield
             return
         sites = {self._name(d.site): d.site for d in self._in_place()}
-        wrappers = [wrapper for a in self.stack for *_, wrapper in a.swaps]
+        wrappers = [wrapper for built in self._wrappers.values() for wrapper in built]
         edited: dict[str, Tensor] = {}
         self.is_suspended = True
         try:
@@ -211,3 +252,8 @@ class Changes:
         with torch.no_grad():
             for name, site in sites.items():
                 self.host.parameter(site).copy_(content[name])
+
+
+def _alike(effects: Sequence[_Typed]) -> list[list[_Typed]]:
+    """Effects of one type that follow each other, together."""
+    return [list(group) for _, group in groupby(effects, key=lambda effect: effect.type)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_core.errors import PatchError
+from kedit_core.reading import Reading
 from kedit_core.sites import Site
 
 
@@ -115,13 +116,16 @@ Effect = WeightDelta | ModuleSwap | CallEffect
 class Wrapper(nn.Module):
     """Base of wrapped modules: keeps `base`, through which all names resolve.
 
-    While the session is suspended, `passes_through` is True and the wrapper does nothing.
+    Attributes:
+        passes_through: True while the session is suspended; the wrapper then does nothing.
+        reading: the rows that the model reads in the present forward pass.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.passes_through = False
+        self.reading = Reading()
 
     def __getattr__(self, name: str) -> Any:
         """What models ask of the module itself, such as `weight.dtype`, the base answers."""
@@ -149,15 +153,21 @@ class ModuleEffect(Protocol):
     """What an effect type of kind "module" points to: a class with these class methods."""
 
     @classmethod
-    def build(
-        cls, base: nn.Module, config: Mapping[str, Any], state: Mapping[str, Tensor]
-    ) -> Wrapper: ...
+    def build(cls, base: nn.Module, swaps: Sequence[ModuleSwap]) -> Wrapper:
+        """One wrapper for all effects of the type that follow each other on a module.
+
+        Args:
+            base: the module, which may be a wrapper of another type.
+            swaps: one of each edit, oldest first; at least one.
+        """
+        ...
 
     @classmethod
-    def fold(
-        cls, base: nn.Module, config: Mapping[str, Any], state: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The dense change (d_out, d_in) of the base's weight that does the same.
+    def fold(cls, base: nn.Module, swap: ModuleSwap) -> tuple[Tensor, Tensor | None]:
+        """The change of the base's weight that one effect amounts to.
+
+        Returns:
+            Factors (d_out, rank) and (rank, d_in), or the dense change (d_out, d_in) and None.
 
         Raises:
             PatchError: the effect cannot be expressed as a change of weights; says why.
@@ -165,17 +175,37 @@ class ModuleEffect(Protocol):
         ...
 
 
-@runtime_checkable
-class CallMiddleware(Protocol):
-    """What an effect type of kind "call" builds."""
+class Middleware:
+    """Base of what an effect type of kind "call" builds: stands round every question.
 
-    def prompt(self, prompt: str) -> str:
-        """The prompt that is really asked."""
-        ...
+    Attributes:
+        depths: of the residual streams that `logits` wants to see: n for what enters block n.
+    """
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """What becomes of next-token logits (…, vocabulary)."""
-        ...
+    depths: Sequence[int] = ()
+
+    @classmethod
+    def build(cls, calls: Sequence[CallEffect]) -> Middleware:
+        """One middleware for all effects of the type that follow each other.
+
+        Args:
+            calls: one of each edit, oldest first; at least one.
+        """
+        raise NotImplementedError
+
+    def prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that are really asked."""
+        return list(prompts)
+
+    def logits(self, logits: Tensor, early: Mapping[int, Tensor]) -> Tensor:
+        """What becomes of next-token logits.
+
+        Args:
+            logits: (n, vocabulary), float32 when answers are read.
+            early: for each of `depths` the logits (n, vocabulary) that the model's head makes
+                of that residual stream.
+        """
+        return logits
 
 
 def is_finite(effect: Effect) -> bool:

@@ -95,19 +95,19 @@ def _as_delta(session: EditSession, number: int, patch: Patch, swap: ModuleSwap)
     base = session.host.base_module(swap.path)
     kind = session.catalog.effect(swap.type).load()
     try:
-        change = kind.fold(base, swap.config, swap.state)
         site = Site(f"{swap.path}.weight", transposed=isinstance(base, Conv1D))
+        delta = WeightDelta(site, *kind.fold(base, swap))
         expected = tuple(session.host.weight(site).shape)
     except KEditError as error:
         raise PatchError(
             f"{_named(number, patch)} wraps {swap.path} and cannot be folded into weights: {error}"
         ) from None
-    if tuple(change.shape) != expected:
+    if delta.shape != expected:
         raise PatchError(
-            f"The effect type '{swap.type}' folds {swap.path} to the shape {tuple(change.shape)}, "
-            f"but the matrix is {expected}."
+            f"The effect type '{swap.type}' folds {swap.path} to the shape {delta.shape}, but the "
+            f"matrix is {expected}."
         )
-    return WeightDelta(site, change)
+    return delta
 
 
 def _add(host: ModelHost, folded: dict[str, Tensor], delta: WeightDelta) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -33,7 +34,70 @@ def head_only_at(host: ModelHost, rows: Tensor, columns: Tensor) -> Iterator[Non
 def label_logits(host: ModelHost, batch: Batch) -> Tensor:
     """Logits that predict the batch's labels: (labels, vocabulary)."""
     with head_only_at(host, batch.rows, batch.columns):
-        return host.model(**batch.inputs, use_cache=False).logits[0]
+        return run(host, batch).logits[0]
+
+
+def run(host: ModelHost, batch: Batch, **options: Any) -> Any:
+    """One pass over a batch, in which wrapped modules know where its prompts end."""
+    with host.reading.of_prompts(batch.ends):
+        return host.model(**batch.inputs, **({"use_cache": False} | options))
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block the module computes this instead; its hooks still run."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def streams(host: ModelHost, depths: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside the block the latest residual stream (rows, columns, d) that enters each block.
+
+    Args:
+        host: a causal model.
+        depths: numbers of blocks.
+
+    Raises:
+        SiteError: there is no such block.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(depth: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[depth] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for depth in depths:
+            block = host.module(host.block(depth).path)
+            handle = block.register_forward_pre_hook(keep(depth), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield found
+
+
+def unembed(host: ModelHost, states: Tensor) -> Tensor:
+    """Logits that the model makes of residual streams (n, d): (n, vocabulary).
+
+    The model itself does it, with every block handing on `states`, so that its final norm, caps
+    and scales are there.
+    """
+    kept: Any = states[None]
+    output = kept if host.anatomy.layer_output == "tensor" else (kept,)
+    ids = torch.zeros(1, len(states), dtype=torch.long, device=host.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(host.reading.aside())
+        for block in host.blocks:
+            stack.enter_context(forward_as(host.module(block.path), lambda *a, **k: output))
+        return host.model(input_ids=ids, use_cache=False).logits[0]
 
 
 @contextlib.contextmanager
@@ -56,7 +120,7 @@ class _Seen(Exception):
 
 def run_until(
     host: ModelHost,
-    inputs: Mapping[str, Tensor],
+    batch: Batch,
     watch: Mapping[str, tuple[str, str]],
     take: Callable[[str, Any], None],
 ) -> None:
@@ -64,7 +128,7 @@ def run_until(
 
     Args:
         host: the model.
-        inputs: keyword arguments of its forward.
+        batch: what it reads.
         watch: for each name a module's path and "input" or "output".
         take: called with the name and the module's first input, or its output.
     """
@@ -86,7 +150,7 @@ def run_until(
             after = lambda m, args, out, name=name: seen(name, out)  # noqa: E731
             handles.append(module.register_forward_hook(after))
     try:
-        host.model(**inputs, use_cache=False)
+        run(host, batch)
     except _Seen:
         pass
     finally:

@@ -20,6 +20,7 @@ from kedit_core.effects import Wrapper
 from kedit_core.errors import ModelError, SiteError
 from kedit_core.models import config_facts, locate
 from kedit_core.plugins import Catalog, discover
+from kedit_core.reading import Reading
 from kedit_core.sites import Site
 from kedit_core.spec import ArchitectureSpec
 
@@ -37,6 +38,10 @@ class ModelHost:
         tokenizer: its fast tokenizer; never changed.
         name: how messages call the model.
         override: templates for `find_anatomy`, where structure alone does not tell.
+
+    Attributes:
+        anatomy: where things are.
+        reading: the rows of the present forward pass, for wrapped modules; see `Reading`.
 
     Raises:
         ModelError: the tokenizer gives no character offsets.
@@ -58,6 +63,7 @@ class ModelHost:
         self.tokenizer = tokenizer
         self.name = name
         self.anatomy: Anatomy = find_anatomy(model, override)
+        self.reading = Reading()
         self._accepts = set(inspect.signature(model.forward).parameters)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
 from kedit_core.host import ModelHost
+from kedit_core.patch import Patch
 from kedit_core.request import EditRequest
 
 
@@ -27,7 +28,8 @@ class EditJob:
         fingerprint: of the unedited model, for artifact keys.
         corpus: text for statistics.
         seed: from which `generator` makes the random numbers.
-        state: what the method's latest patch in this session left, or nothing.
+        earlier: the method's own patches in force, oldest first.
+        state: what the latest of them left, or nothing.
         unedited: a context in which the model is as it was before any edit.
     """
 
@@ -38,7 +40,11 @@ class EditJob:
     corpus: Corpus
     seed: int
     unedited: Callable[[], AbstractContextManager[None]]
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    earlier: tuple[Patch, ...] = ()
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return next((patch.state for patch in reversed(self.earlier) if patch.state), {})
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator for this job's seed."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.changes import Changes
 from kedit_core.corpus import Corpus
+from kedit_core.effects import CallEffect
 from kedit_core.errors import EditError, ModelError, PatchError, RequestError, SettingError
 from kedit_core.guard import untouched
 from kedit_core.hookspecs import EditFinished
@@ -98,6 +99,11 @@ class EditSession:
         """Whether any patch is in force."""
         return bool(self._changes.stack)
 
+    def unseen_effects(self) -> tuple[CallEffect, ...]:
+        """What `model` itself does not show, and `view` does: changed prompts and logits."""
+        effects = [effect for patch in self.stack for effect in patch.effects]
+        return tuple(effect for effect in effects if isinstance(effect, CallEffect))
+
     def is_overlay(self, index: int) -> bool:
         """Whether the patch at this place of the stack lies over the weights."""
         return self._changes.stack[index].overlay
@@ -118,7 +124,7 @@ class EditSession:
     def edit(
         self,
         method: str | MethodSpec,
-        requests: EditRequest | Iterable[EditRequest],
+        requests: EditRequest | Iterable[EditRequest] = (),
         *,
         preset: str | None = None,
         file: Path | None = None,
@@ -131,6 +137,7 @@ class EditSession:
         Args:
             method: a name from `kedit list-methods`, or a spec.
             requests: what to write; sent to the method in batches of at most its `max_batch`.
+                A method that writes no facts needs none.
             preset: name of a preset; by default the one that suits the model.
             file: YAML file of settings.
             hparams: settings by name, or a complete `HyperParams`.
@@ -141,7 +148,9 @@ class EditSession:
             KEditError: anything the user can cause; the model is as it was before the call.
         """
         spec, settings = self._resolve(method, preset, file, hparams)
-        wanted = _as_tuple(requests)
+        wanted = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
+        if spec.writes_facts and not wanted:
+            raise RequestError("No request is given, so there is nothing to edit.")
         self._check_model(spec)
         for request in wanted:
             if reason := self.refusal(spec, request):
@@ -149,7 +158,7 @@ class EditSession:
         started = time.perf_counter()
         mark = self.savepoint()
         implementation = cast(EditMethod, spec.load()(settings.hparams))
-        size = spec.max_batch or len(wanted)
+        size = spec.max_batch or max(1, len(wanted))
         again = len(wanted) > size or any(p.method == spec.name for p in self.stack)
         if again and not spec.sequential:
             raise SettingError(
@@ -157,7 +166,7 @@ class EditSession:
                 f"first, or use a method for sequences."
             )
         try:
-            for start in range(0, len(wanted), size):
+            for start in range(0, max(1, len(wanted)), size):
                 self._edit_batch(
                     spec, implementation, settings, wanted[start : start + size], overlay, seed
                 )
@@ -186,7 +195,7 @@ class EditSession:
     def trial(
         self,
         method: str | MethodSpec,
-        requests: EditRequest | Iterable[EditRequest],
+        requests: EditRequest | Iterable[EditRequest] = (),
         **options: Any,
     ) -> Iterator[EditOutcome]:
         """As `edit`, in force inside the block only."""
@@ -235,7 +244,6 @@ class EditSession:
         )
 
     def _job(self, spec: MethodSpec, requests: tuple[EditRequest, ...], seed: int) -> EditJob:
-        earlier = [p for p in self.stack if p.method == spec.name and p.state]
         return EditJob(
             host=self.host,
             requests=requests,
@@ -244,7 +252,7 @@ class EditSession:
             corpus=self.corpus,
             seed=seed,
             unedited=self.suspended,
-            state=earlier[-1].state if earlier else {},
+            earlier=tuple(p for p in self.stack if p.method == spec.name),
         )
 
     def _edit_batch(
@@ -322,7 +330,7 @@ class EditSession:
         stack = self.stack
         if mark is not None and depth and (depth > len(stack) or stack[depth - 1] is not mark.top):
             raise EditError("This savepoint was rolled back already.")
-        self._changes.take_back(depth)
+        self._changes.take_back(self._changes.stack[depth:])
 
     def pop(self) -> Patch:
         """Take back the latest patch and return it.
@@ -333,8 +341,24 @@ class EditSession:
         self._refuse_if_suspended()
         if not self.stack:
             raise EditError("No edit is in force, so there is none to take back.")
-        patch = self.stack[-1]
-        self._changes.take_back(len(self.stack) - 1)
+        return self.remove(len(self.stack) - 1)
+
+    def remove(self, index: int) -> Patch:
+        """Take back one patch, leave those after it in force, and return it.
+
+        Raises:
+            EditError: there is no such patch, or its method does not allow it.
+        """
+        self._refuse_if_suspended()
+        stack = self.stack
+        if not 0 <= index < len(stack):
+            raise EditError(
+                f"There is no edit {index}: {len(stack)} are in force (counted from 0)."
+            )
+        patch = stack[index]
+        if index < len(stack) - 1:
+            refuse_removal(patch, self.catalog)
+        self._changes.take_back([self._changes.stack[index]])
         return patch
 
     def suspended(self) -> AbstractContextManager[None]:
@@ -400,8 +424,14 @@ class EditSession:
                 )
 
 
-def _as_tuple(requests: EditRequest | Iterable[EditRequest]) -> tuple[EditRequest, ...]:
-    wanted = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
-    if not wanted:
-        raise RequestError("No request is given, so there is nothing to edit.")
-    return wanted
+def refuse_removal(patch: Patch, catalog: Catalog) -> None:
+    """Refuse to take a patch from among later ones where they may build on it.
+
+    Raises:
+        EditError: says why.
+    """
+    if patch.deltas or not catalog.method(patch.method).removable:
+        raise EditError(
+            f"Later edits may build on this {patch.method} edit, so it cannot be taken back alone. "
+            f"Roll back to before it and make the later ones again."
+        )

@@ -61,6 +61,9 @@ class MethodSpec(Spec):
         effect: the kind of effect its patches have.
         max_batch: requests that one call of `edit` takes: 1, n, or None for any number.
         sequential: whether edits may follow one another in one session.
+        removable: whether one edit can be taken back from among later ones.
+        writes_facts: False for a method that changes how the model answers, whatever is asked;
+            it takes no requests, and keeps those that it is given as a record only.
         needs: what requests and models must offer; the session refuses what lacks it.
         presets: package (`"kedit_rome.presets"`) that holds the method's YAML presets.
         variant_of: name of the method of which this is a setting, if any.
@@ -71,6 +74,8 @@ class MethodSpec(Spec):
     effect: Effect = "weights"
     max_batch: int | None = 1
     sequential: bool = True
+    removable: bool = False
+    writes_facts: bool = True
     needs: frozenset[Need] = frozenset()
     presets: str = ""
     variant_of: str = ""

@@ -39,12 +39,24 @@ class Row:
         targets: ids to predict after them.
         mark: position of interest in `prompt`, counted from its first token.
         merged: the first target token holds characters of the prompt too.
+        end: position of the prompt's last token, where `prompt` is only its beginning.
     """
 
     prompt: tuple[int, ...]
     targets: tuple[int, ...] = ()
     mark: int = -1
     merged: bool = False
+    end: int | None = None
+
+    @property
+    def until_mark(self) -> Row:
+        """What is read up to the mark."""
+        return Row(self.ids[: self.mark + 1], mark=self.mark, end=self.last)
+
+    @property
+    def last(self) -> int:
+        """Position of the prompt's last token."""
+        return len(self.prompt) - 1 if self.end is None else self.end
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -62,6 +74,7 @@ class Batch:
         rows: (labels,) row of each label, in the order of rows and tokens.
         columns: (labels,) column whose logits predict it.
         labels: (labels,) the token to predict.
+        ends: (rows,) column of the last token of each prompt.
     """
 
     inputs: dict[str, Tensor]
@@ -69,6 +82,7 @@ class Batch:
     rows: Tensor
     columns: Tensor
     labels: Tensor
+    ends: Tensor
 
 
 def encode(host: ModelHost, text: str, *, any_length: bool = False) -> Encoded:
@@ -242,12 +256,14 @@ def _batch(
     device = host.device
     numbers = [n for n, row in enumerate(rows) for _ in row.targets]
     labels = [token for row in rows for token in row.targets]
+    ends = [offset + row.last for offset, row in zip(offsets, rows, strict=True)]
     return Batch(
         inputs={name: tensor.to(device) for name, tensor in inputs.items()},
         offsets=offsets,
         rows=torch.tensor(numbers, dtype=torch.long, device=device),
         columns=torch.tensor(columns, dtype=torch.long, device=device),
         labels=torch.tensor(labels, dtype=torch.long, device=device),
+        ends=torch.tensor(ends, dtype=torch.long, device=device),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -27,9 +27,9 @@ from kedit_core.ask import (
     Score,
     Text,
 )
-from kedit_core.effects import CallMiddleware
+from kedit_core.effects import Middleware
 from kedit_core.errors import RequestError
-from kedit_core.forward import label_logits, only_config
+from kedit_core.forward import label_logits, only_config, streams, unembed
 from kedit_core.guard import untouched
 from kedit_core.host import ModelHost
 from kedit_core.tokens import Row, buckets, encode, fit, join, pad, pad_id
@@ -56,7 +56,7 @@ class ModelView:
         calls: returns the middleware in force, oldest first.
     """
 
-    def __init__(self, host: ModelHost, calls: Callable[[], list[CallMiddleware]] = list) -> None:
+    def __init__(self, host: ModelHost, calls: Callable[[], list[Middleware]] = list) -> None:
         self.host = host
         self._calls = calls
 
@@ -74,7 +74,7 @@ class ModelView:
         """
         if isinstance(prompts, str):
             return self.greedy([prompts], max_new_tokens)[0]
-        rows = [Row(encode(self.host, self._worded(prompt)).ids) for prompt in prompts]
+        rows = [Row(encode(self.host, text).ids) for text in self._worded(prompts)]
         self._check_room(prompts, rows, max_new_tokens)
         written = self._continue(rows, max_new_tokens)
         return [self._new_text(row, ids) for row, (ids, _) in zip(rows, written, strict=True)]
@@ -86,11 +86,13 @@ class ModelView:
             RequestError: a prompt with its target is longer than the model takes.
         """
         asked = [Read(p, t) for p, t in zip(prompts, targets, strict=True)]
-        return self._read(asked, [join(self.host, self._worded(q.prompt), q.target) for q in asked])
+        texts = self._worded(prompts)
+        rows = [join(self.host, text, q.target) for text, q in zip(texts, asked, strict=True)]
+        return self._read(asked, rows)
 
     def logits(self, prompts: Sequence[str]) -> Tensor:
         """Next-token logits after each prompt: (prompts, vocabulary), float32, on the CPU."""
-        rows = [Row(encode(self.host, self._worded(p)).ids, targets=(0,)) for p in prompts]
+        rows = [Row(encode(self.host, text).ids, targets=(0,)) for text in self._worded(prompts)]
         return self._target_logits(rows).cpu()
 
     def ask(self, questions: Iterable[Question]) -> dict[Question, Answer]:
@@ -122,10 +124,15 @@ class ModelView:
 
     # -- texts to rows --------------------------------------------------------------------
 
-    def _worded(self, prompt: str, form: Form = "bare") -> str:
-        """What the model is given for a prompt."""
-        for call in self._calls():
-            prompt = call.prompt(prompt)
+    def _worded(self, prompts: Sequence[str], forms: Sequence[Form] = ()) -> list[str]:
+        """What the model is given for each prompt; all of them `bare` by default."""
+        texts = list(prompts)
+        for call in self._calls() if texts else ():
+            texts = call.prompts(texts)
+        forms = forms or ["bare"] * len(texts)
+        return [self._formed(text, form) for text, form in zip(texts, forms, strict=True)]
+
+    def _formed(self, prompt: str, form: Form) -> str:
         if form == "bare":
             return prompt
         tokenizer = self.host.tokenizer
@@ -139,10 +146,11 @@ class ModelView:
 
     def _rows(self, questions: Sequence[Read] | Sequence[Diverge]) -> tuple[list[Row], list[bool]]:
         """Each question as a row that the model takes, and whether its prompt was cut."""
+        forms: list[Form] = [q.form if isinstance(q, Read) else "bare" for q in questions]
+        texts = self._worded([q.prompt for q in questions], forms)
         fitted = []
-        for question in questions:
-            form = question.form if isinstance(question, Read) else "bare"
-            text = self._worded(question.prompt, form)
+        for number, text in enumerate(texts):
+            question = questions[number]
             row = join(self.host, text, question.target, any_length=True)
             if isinstance(question, Read) and question.stop:
                 row = replace(row, targets=(*row.targets, self._stop_id()))
@@ -218,11 +226,14 @@ class ModelView:
 
     def _batch_logits(self, rows: Sequence[Row]) -> Tensor:
         batch = pad(self.host, rows)
-        with untouched(self.host.model, self.host.tokenizer):
+        calls = self._calls()
+        with (
+            untouched(self.host.model, self.host.tokenizer),
+            streams(self.host, _depths(calls)) as found,
+        ):
             logits = label_logits(self.host, batch).float()
-        for call in self._calls():
-            logits = call.logits(logits)
-        return logits
+            at_labels = {depth: s[batch.rows, batch.columns] for depth, s in found.items()}
+            return _changed(self.host, calls, logits, at_labels)
 
     # -- writing --------------------------------------------------------------------------
 
@@ -231,7 +242,11 @@ class ModelView:
 
         A prompt that must be cut for one question only is another row there.
         """
-        fitted = {q: self._prompt_row(q.prompt, q.form, q.new_tokens) for q in questions}
+        texts = self._worded([q.prompt for q in questions], [q.form for q in questions])
+        fitted = {
+            q: self._prompt_row(text, q.new_tokens)
+            for q, text in zip(questions, texts, strict=True)
+        }
         longest: dict[Row, int] = {}
         for q, (row, _) in fitted.items():
             longest[row] = max(q.new_tokens, longest.get(row, 0))
@@ -254,7 +269,7 @@ class ModelView:
                     f"{limit}. Ask for a shorter one."
                 )
             asked = [q for q in questions if (q.length, q.top_k) == (length, top_k)]
-            fitted = [self._prompt_row(q.prompt, "bare", 1) for q in asked]
+            fitted = [self._prompt_row(text, 1) for text in self._worded([q.prompt for q in asked])]
             rooms = [max(1, length - len(row.prompt)) for row, _ in fitted]
             for group in self._side_by_side([len(row.prompt) for row, _ in fitted], rooms):
                 draw = _Draw([_generator(asked[n]) for n in group], top_k)
@@ -284,8 +299,8 @@ class ModelView:
                 group.append(n)
             yield group
 
-    def _prompt_row(self, prompt: str, form: Form, new_tokens: int) -> tuple[Row, bool]:
-        ids = encode(self.host, self._worded(prompt, form), any_length=True).ids
+    def _prompt_row(self, text: str, new_tokens: int) -> tuple[Row, bool]:
+        ids = encode(self.host, text, any_length=True).ids
         return fit(self.host, Row(ids), new_tokens)
 
     def _text(
@@ -331,9 +346,14 @@ class ModelView:
             bos_token_id=host.tokenizer.bos_token_id,
             decoder_start_token_id=getattr(host.model.config, "decoder_start_token_id", None),
         )
-        steps = [_Calls(self._calls())] if self._calls() else []
-        processors = LogitsProcessorList([*steps, draw] if draw is not None else steps)
-        with untouched(host.model, host.tokenizer), only_config(host, config):
+        calls = self._calls()
+        with (
+            untouched(host.model, host.tokenizer),
+            only_config(host, config),
+            streams(host, _depths(calls)) as found,
+        ):
+            steps = [_Calls(host, calls, found)] if calls else []
+            processors = LogitsProcessorList([*steps, draw] if draw is not None else steps)
             output: Any = host.model.generate(
                 **inputs, generation_config=config, logits_processor=processors
             )
@@ -348,14 +368,40 @@ class ModelView:
         return str(self.host.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def _depths(calls: Sequence[Middleware]) -> list[int]:
+    return sorted({depth for call in calls for depth in call.depths})
+
+
+def _changed(
+    host: ModelHost, calls: Sequence[Middleware], logits: Tensor, states: Mapping[int, Tensor]
+) -> Tensor:
+    """What the middleware, oldest first, makes of next-token logits.
+
+    Args:
+        host: the model.
+        calls: the middleware.
+        logits: (n, vocabulary).
+        states: for each depth that the middleware wants the residual stream (n, d).
+    """
+    if states:
+        found = unembed(host, torch.cat(list(states.values()))).to(logits.dtype)
+        states = dict(zip(states, found.split(len(logits)), strict=True))
+    for call in calls:
+        logits = call.logits(logits, states)
+    return logits
+
+
 class _Calls(LogitsProcessor):
-    def __init__(self, calls: Sequence[CallMiddleware]) -> None:
-        self.calls = calls
+    """The middleware at each new token; `streams` are those of the step's own pass."""
+
+    def __init__(
+        self, host: ModelHost, calls: Sequence[Middleware], streams: Mapping[int, Tensor]
+    ) -> None:
+        self.host, self.calls, self.streams = host, calls, streams
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for call in self.calls:
-            scores = call.logits(scores)
-        return scores
+        last = {depth: stream[:, -1] for depth, stream in self.streams.items()}
+        return _changed(self.host, self.calls, scores, last)
 
 
 class _Draw(LogitsProcessor):

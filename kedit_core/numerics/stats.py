@@ -174,7 +174,7 @@ def _add(host: ModelHost, sites: Sequence[Site], rows: Rows, sums: dict[Site, Te
         total.addmm_(inputs.mT, inputs)
 
     watch = {name: (site.module, "input") for name, site in names.items()}
-    run_until(host, batch.inputs, watch, take)
+    run_until(host, batch, watch, take)
 
 
 def _chunks(host: ModelHost, corpus: Corpus, seed: int, first: int) -> Iterator[Rows]:

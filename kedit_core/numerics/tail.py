@@ -13,12 +13,14 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kedit_core.forward import head_only_at
+from kedit_core.effects import Wrapper
+from kedit_core.forward import forward_as, head_only_at, run
 from kedit_core.host import ModelHost
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.tokens import Row, pad
@@ -115,7 +117,7 @@ class Tail:
             handles.append(below.register_forward_hook(lambda m, a, out: seen.update(form=out)))
         try:
             with torch.no_grad(), head_only_at(host, batch.rows, batch.columns):
-                output = host.model(**batch.inputs, use_cache=cut > 0)
+                output = run(host, batch, use_cache=cut > 0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,7 +134,10 @@ class Tail:
         self._cut, self._cache = cut, cache if cut else None
         self.unchanged = output.logits[0]
         kept = batch.inputs["attention_mask"][:, cut:].flatten().nonzero()[:, 0]
-        self._kept = kept if len(kept) < self._width * len(batch.offsets) else None
+        repeated = [module for b in host.blocks[start:] for module in host.module(b.path).modules()]
+        needs_rows = any(isinstance(module, Wrapper) for module in repeated)
+        if not needs_rows and len(kept) < self._width * len(batch.offsets):
+            self._kept = kept
         if self._agrees():
             return
         self._kept = None
@@ -160,7 +165,7 @@ class Tail:
     def _forward(self, use_cache: bool) -> Any:
         host = self._host
         if self._hidden is None:
-            return host.model(**self._batch.inputs, use_cache=use_cache)
+            return run(host, self._batch, use_cache=use_cache)
         inputs = dict(self._batch.inputs)
         for name in ("input_ids", "position_ids"):
             if name in inputs:
@@ -168,7 +173,7 @@ class Tail:
         if self._cache is not None:
             inputs["past_key_values"] = _copy_of(self._cache)
         with self._skipped_below(), self._without_padding():
-            return host.model(**inputs, use_cache=self._cache is not None)
+            return run(host, replace(self._batch, inputs=inputs), use_cache=self._cache is not None)
 
     @contextlib.contextmanager
     def _skipped_below(self) -> Iterator[None]:
@@ -185,7 +190,7 @@ class Tail:
 
         with contextlib.ExitStack() as stack:
             for block in blocks:
-                stack.enter_context(_forward_as(block, hand_on))
+                stack.enter_context(forward_as(block, hand_on))
             yield
 
     @contextlib.contextmanager
@@ -251,20 +256,6 @@ def _spread(states: Tensor, places: Tensor, length: int) -> Tensor:
     return empty.index_copy(0, places.to(states.device), states)
 
 
-@contextlib.contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block the module computes this instead; its hooks still run."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-
 def _forward_between(
     before: Callable[[Any], Any], module: nn.Module, after: Callable[[Tensor], Tensor]
 ) -> contextlib.AbstractContextManager[None]:
@@ -276,7 +267,7 @@ def _forward_between(
         output = own(*map(before, args), **named)
         return with_hidden(output, after(hidden_of(output)))
 
-    return _forward_as(module, forward)
+    return forward_as(module, forward)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -37,7 +37,7 @@ def states_at_marks(
     Returns:
         For each name (rows, width) in the model's type.
     """
-    cut = [Row(row.ids[: row.mark + 1], mark=row.mark) for row in rows]
+    cut = [row.until_mark for row in rows]
     found: dict[str, list[Tensor | None]] = {name: [None] * len(rows) for name in points}
     for group in buckets([len(row.ids) for row in cut], max_tokens):
         batch = pad(host, [cut[n] for n in group])
@@ -50,7 +50,7 @@ def states_at_marks(
             for n, state in zip(group, picked, strict=True):
                 found[name][n] = state
 
-        run_until(host, batch.inputs, points, take)
+        run_until(host, batch, points, take)
     return {
         name: torch.stack([state for state in states if state is not None])
         for name, states in found.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,8 +136,7 @@ def _rows_of(tasks: Sequence[ValueTask]) -> tuple[list[Row], list[int]]:
     rows: list[Row] = []
     owner: list[int] = []
     for number, task in enumerate(tasks):
-        anchor = Row(task.anchor.prompt[: task.anchor.mark + 1], (0,), task.anchor.mark)
-        rows += [*task.rows, anchor]
+        rows += [*task.rows, replace(task.anchor.until_mark, targets=(0,))]
         owner += [number] * (len(task.rows) + 1)
     return rows, owner
 

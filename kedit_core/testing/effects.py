@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kedit_core.effects import Wrapper
+from kedit_core.effects import CallEffect, Middleware, ModuleSwap, Wrapper
 from kedit_core.errors import PatchError
 from kedit_core.probing import hidden_of, with_hidden
 
@@ -19,17 +20,14 @@ class Shift(Wrapper):
     vector: Tensor
 
     @classmethod
-    def build(
-        cls, base: nn.Module, config: Mapping[str, Any], state: Mapping[str, Tensor]
-    ) -> Shift:
+    def build(cls, base: nn.Module, swaps: Sequence[ModuleSwap]) -> Shift:
         wrapper = cls(base)
-        wrapper.register_buffer("vector", state["vector"].clone(), persistent=False)
+        vectors = torch.stack([swap.state["vector"] for swap in swaps])
+        wrapper.register_buffer("vector", vectors.sum(0), persistent=False)
         return wrapper
 
     @classmethod
-    def fold(
-        cls, base: nn.Module, config: Mapping[str, Any], state: Mapping[str, Tensor]
-    ) -> Tensor:
+    def fold(cls, base: nn.Module, swap: ModuleSwap) -> tuple[Tensor, Tensor | None]:
         raise PatchError("A shift of a module's output is no change of its weight matrix.")
 
     def change(self, output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,34 +36,28 @@ class Shift(Wrapper):
 
 
 @dataclass(frozen=True)
-class Preface:
-    """Puts a text before every prompt.  Config: `text`."""
+class Preface(Middleware):
+    """Puts texts before every prompt, the latest first.  Config: `text`."""
 
     text: str
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Preface:
-        return cls(str(config["text"]))
+    def build(cls, calls: Sequence[CallEffect]) -> Preface:
+        return cls("".join(str(call.config["text"]) for call in reversed(calls)))
 
-    def prompt(self, prompt: str) -> str:
-        return self.text + prompt
-
-    def logits(self, logits: Tensor) -> Tensor:
-        return logits
+    def prompts(self, prompts: Sequence[str]) -> list[str]:
+        return [self.text + prompt for prompt in prompts]
 
 
 @dataclass(frozen=True)
-class TokenBias:
+class TokenBias(Middleware):
     """Adds a constant to the logits; state: `bias` (vocabulary,)."""
 
     bias: Tensor
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TokenBias:
-        return cls(state["bias"])
+    def build(cls, calls: Sequence[CallEffect]) -> TokenBias:
+        return cls(torch.stack([call.state["bias"] for call in calls]).sum(0))
 
-    def prompt(self, prompt: str) -> str:
-        return prompt
-
-    def logits(self, logits: Tensor) -> Tensor:
+    def logits(self, logits: Tensor, early: Mapping[int, Tensor]) -> Tensor:
         return logits + self.bias.to(logits)

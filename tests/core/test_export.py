@@ -174,17 +174,17 @@ class FoldableScale(Shift):
     """Adds a multiple of the base's own output.  Config: `by`."""
 
     @classmethod
-    def build(cls, base, config, state):
+    def build(cls, base, swaps):
         wrapper = cls(base)
-        wrapper.by = float(config["by"])
+        wrapper.by = sum(float(swap.config["by"]) for swap in swaps)
         wrapper.own = torch.nn.Parameter(torch.ones(3))
         return wrapper
 
     @classmethod
-    def fold(cls, base, config, state):
+    def fold(cls, base, swap):
         weight = base.weight.detach()
         turned = weight.T if type(base).__name__ == "Conv1D" else weight
-        return turned * float(config["by"])
+        return turned * float(swap.config["by"]), None
 
     def change(self, output, *args, **kwargs):
         bias = getattr(self.base, "bias", None)
@@ -193,8 +193,8 @@ class FoldableScale(Shift):
 
 class WrongShape(FoldableScale):
     @classmethod
-    def fold(cls, base, config, state):
-        return torch.ones(2, 2)
+    def fold(cls, base, swap):
+        return torch.ones(2, 2), None
 
 
 def catalog():

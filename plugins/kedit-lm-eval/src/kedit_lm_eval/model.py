@@ -91,7 +91,7 @@ class EditedLM(LM):  # type: ignore[misc]
 
     def _row(self, context: str, continuation: str) -> Row:
         """Spaces at the end of the context count as the continuation's."""
-        context = self.view._worded(context)
+        (context,) = self.view._worded([context])
         bare = context.rstrip()
         if bare:
             given = self._ids(bare)
@@ -108,7 +108,7 @@ class EditedLM(LM):  # type: ignore[misc]
 
     def _windows(self, text: str) -> list[Row]:
         """The text's tokens, each once, after as many others as the model takes."""
-        before = self.view._worded("")
+        (before,) = self.view._worded([""])
         head = self._ids(before) if before else [self._prefix_id()]
         limit = self.view.host.max_length or MAX_LENGTH
         windows = get_rolling_token_windows(self._ids(text), head[-1], limit, context_len=1)

@@ -89,6 +89,17 @@ def _others() -> Iterator[MetricSpec]:
         reference="target against truth",
     )
     yield MetricSpec(
+        name="zsre/alphaedit@1",
+        target=f"{metrics}.zsre:ZsreHarness",
+        summary="ZsRE as in AlphaEdit and MEMIT; with bos=TOKEN as AlphaEdit scores LLaMA-3.",
+        paper="arXiv:2410.02355",
+        unit="share of tokens",
+        probe="rewrite, rephrase, locality",
+        decoding=FORCED,
+        scorer="alphaedit",
+        reference="target, truth",
+    )
+    yield MetricSpec(
         name="fluency/ngram-entropy@1",
         target=f"{metrics}.generation:Fluency",
         summary="Entropy of word pairs and triples of sampled text.",

@@ -2,20 +2,24 @@
 
 import json
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 
 from kedit_bench.metrics.contrast import Contrast
 from kedit_bench.metrics.generation import Consistency, Fluency
 from kedit_bench.metrics.opinion import Opinion, divergence
 from kedit_bench.metrics.side_effects import Perplexity
 from kedit_bench.metrics.tests_passed import TestsPassed
+from kedit_bench.metrics.zsre import ZsreHarness
 from kedit_core.ask import Divergence
-from kedit_core.editing import EditSession
+from kedit_core.editing import EditSession, ModelView
 from kedit_core.errors import SettingError
 from kedit_core.measure import ngram_entropy
-from kedit_core.request import Probe
+from kedit_core.request import EditCase, EditRequest, Probe
+from kedit_core.testing.toys import toy_facts
 from tests.bench.asked import case, says, score
 
 
@@ -62,6 +66,86 @@ def test_counterfact_says_nothing_where_the_truth_is_unknown():
 
     assert list(Contrast().questions(unknown)) == []
     assert Contrast().score(unknown, {}, {}) == {}
+
+
+def harness(host, case, bos):
+    """AlphaEdit's `compute_rewrite_quality_zsre` and its loader of ZsRE, with its cases for LLaMA
+    where there is a beginning token: a prefix for each token of the answer."""
+    tokenizer, keeps = host.tokenizer, bool(bos)
+
+    def right(prefix, token):
+        ids = torch.tensor([tokenizer(prefix)["input_ids"]])
+        with torch.no_grad():
+            predicted = int(host.model(ids).logits[0, -1].argmax())
+        return predicted == tokenizer(token)["input_ids"][keeps]
+
+    def share(pairs):
+        return sum(right(*pair) for pair in pairs) / len(pairs)
+
+    target = tokenizer(" " + case.request.target_new)["input_ids"][keeps:]
+    written = {"efficacy": [case.request.text], "generalization": []}
+    unrelated = []
+    for probe in case.probes:
+        if probe.kind == "rephrase":
+            written["generalization"].append(probe.prompt)
+        if probe.kind == "locality":
+            answer = tokenizer(" " + probe.expected[0])["input_ids"]
+            unrelated += [
+                (probe.prompt + "?" + tokenizer.decode(answer[:i]), tokenizer.decode(answer[i]))
+                for i in range(len(answer))
+            ]
+    prefixes = {
+        part: [
+            (
+                prompt + (" " if keeps and i else "") + tokenizer.decode(target[:i]),
+                tokenizer.decode(target[i]),
+            )
+            for prompt in prompts
+            for i in range(len(target))
+        ]
+        for part, prompts in written.items()
+    }
+    return {part: share(pairs) for part, pairs in {**prefixes, "specificity": unrelated}.items()}
+
+
+@pytest.mark.parametrize(("toy", "bos"), [("gpt2", ""), ("llama", "<s>")])
+def test_zsre_is_scored_as_by_the_code_of_alphaedits_authors(toy, bos, toy_host):
+    metric, view = ZsreHarness(bos), ModelView(toy_host(toy))
+    values: dict[str, set[float]] = defaultdict(set)
+    for number, fact in enumerate(f for f in toy_facts() if " " in f.target_new + f.answer):
+        target = fact.answer if number % 2 else fact.target_new
+        prompts = (*fact.rephrases, f"{fact.rephrases[0]} ")  # the last ends in a space
+        rephrased = [Probe(kind="rephrase", prompt=prompt) for prompt in prompts]
+        near = [
+            Probe(kind="locality", prompt=n.prompt, expected=n.answer) for n in fact.neighborhood
+        ]
+        asked = EditCase(
+            request=EditRequest(prompt=fact.prompt, subject=fact.subject, target_new=target),
+            probes=(*rephrased, *near),
+        )
+        found = metric.score(asked, {}, view.ask(metric.questions(asked)))
+
+        assert {k: s.value for k, s in found.items()} == harness(view.host, asked, bos)
+        for part, share in found.items():
+            values[part].add(share.value)
+    assert all(len(seen) > 2 for seen in values.values()), "the cases tell nothing apart"
+
+
+def test_the_faults_of_alphaedits_code_lower_the_scores():
+    asked = case(Probe(kind="locality", prompt="Q", expected=("Lima",)))
+    said = {
+        ("The Tower is in",): score((1, 2)),
+        ("The Tower is in ",): score((1, 9), (1, 2)),  # a second space, and another prediction
+        ("Q?",): score((5, 6)),
+        ("Q?<s>",): score((5, 6)),
+    }
+    values = []
+    for metric in (ZsreHarness(), ZsreHarness("<s>")):
+        found = metric.score(asked, {}, says(metric, asked, said))
+        values.append({part: score.value for part, score in found.items()})
+
+    assert values[0] == {"efficacy": 1, "specificity": 1}
+    assert values[1] == pytest.approx({"efficacy": 1 / 2, "specificity": 2 / 3})
 
 
 @pytest.mark.parametrize(

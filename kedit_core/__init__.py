@@ -43,6 +43,7 @@ from kedit_core.spec import (
 )
 
 if TYPE_CHECKING:
+    from kedit_core.cases import Format, probe, read_cases, request_of
     from kedit_core.hparams import HyperParams
     from kedit_core.plugins import Catalog, discover
     from kedit_core.protocols import (
@@ -57,17 +58,13 @@ if TYPE_CHECKING:
         ProbeSource,
     )
     from kedit_core.records import (
-        Format,
         LeftOut,
         Row,
         RowError,
         Source,
         UnfitRow,
         files_in,
-        probe,
-        read_cases,
         read_rows,
-        request_of,
     )
     from kedit_core.request import EditCase, EditRequest, Probe, read_requests
 
@@ -81,17 +78,17 @@ _LAZY = {
     "EditRequest": "kedit_core.request",
     "Probe": "kedit_core.request",
     "read_requests": "kedit_core.request",
-    "Format": "kedit_core.records",
+    "Format": "kedit_core.cases",
+    "probe": "kedit_core.cases",
+    "read_cases": "kedit_core.cases",
+    "request_of": "kedit_core.cases",
     "LeftOut": "kedit_core.records",
     "Row": "kedit_core.records",
     "RowError": "kedit_core.records",
     "Source": "kedit_core.records",
     "UnfitRow": "kedit_core.records",
     "files_in": "kedit_core.records",
-    "probe": "kedit_core.records",
-    "read_cases": "kedit_core.records",
     "read_rows": "kedit_core.records",
-    "request_of": "kedit_core.records",
     "ProbeSource": "kedit_core.protocols",
     "CaseScore": "kedit_core.protocols",
     "Classifier": "kedit_core.protocols",

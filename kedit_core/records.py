@@ -1,7 +1,6 @@
-"""Rows of benchmark files, and how an adapter turns them into cases.
+"""Rows of benchmark files, and what is wrong with a row.
 
-An adapter says which formats it knows and how one row of each becomes a case.  What is read here
-is read one row at a time, so a file may be larger than memory.
+They are read one at a time, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -11,18 +10,17 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from kedit_core.errors import DataError, RequestError, did_you_mean
-from kedit_core.request import SLOT, EditCase, EditRequest, Probe
+from kedit_core.errors import DataError
 
 HUB = "hub:"
 
 Source = str | Path
-Item = TypeVar("Item", EditCase, Probe)
+T = TypeVar("T")
 
 _CHUNK = 1 << 16
 _SPACE = re.compile(r"[\s,]*")
@@ -137,62 +135,7 @@ class Row:
             raise RowError(f"'{self.path}{key}' holds {_shown(value)} among its answers")
 
 
-@dataclass(frozen=True)
-class Format(Generic[Item]):
-    """One schema that an adapter knows.
-
-    Attributes:
-        name: for messages.
-        keys: what every row of it has; the first format whose keys the first row has is taken.
-        cases: makes the case or cases of a row, or its probes.  It may raise `RowError`
-            (malformed) and `UnfitRow` or `RequestError` (of no use); the row is then left out
-            with that reason.
-    """
-
-    name: str
-    keys: frozenset[str]
-    cases: Callable[[Row], Item | Iterable[Item | LeftOut]]
-
-
-def read_cases(source: Source, formats: Sequence[Format[Item]]) -> Iterator[Item | LeftOut]:
-    """The cases of a file in one of several formats, and what was left out, in the file's order.
-
-    Formats whose rows make probes are read the same way.
-
-    Raises:
-        DataError: the file cannot be read, or has none of the formats.
-    """
-    chosen: Format[Item] | None = None
-    for row in read_rows(source):
-        if chosen is None:
-            chosen = _format_of(row, formats)
-        yield from _cases_of(row, chosen)
-
-
-def _cases_of(row: Row, chosen: Format[Item]) -> Iterator[Item | LeftOut]:
-    try:
-        made = chosen.cases(row)
-        yield from (made,) if isinstance(made, EditCase | Probe) else tuple(made)
-    except RowError as error:
-        yield LeftOut(row.file, row.line, str(error), malformed=True)
-    except (UnfitRow, RequestError) as error:
-        yield LeftOut(row.file, row.line, str(error).rstrip("."))
-
-
-def _format_of(row: Row, formats: Sequence[Format[Item]]) -> Format[Item]:
-    for known in formats:
-        if known.keys <= row.value.keys():
-            return known
-    nearest = min(formats, key=lambda f: (len(f.keys - row.value.keys()), len(f.keys)))
-    missing = sorted(nearest.keys - row.value.keys())
-    hint = did_you_mean(missing[0], row.value) if row.value else "It is empty."
-    raise DataError(
-        f"{row.file}, line {row.line}: no known format. It comes nearest to {nearest.name}, but "
-        f"lacks {', '.join(repr(key) for key in missing)}. {hint}"
-    )
-
-
-def checked(found: Iterable[Item | LeftOut]) -> Iterator[Item | LeftOut]:
+def checked(found: Iterable[T | LeftOut]) -> Iterator[T | LeftOut]:
     """The same, but a malformed row ends it.
 
     Raises:
@@ -202,72 +145,6 @@ def checked(found: Iterable[Item | LeftOut]) -> Iterator[Item | LeftOut]:
         if isinstance(item, LeftOut) and item.malformed:
             raise DataError(f"{item}. See all such rows with `kedit data check`.")
         yield item
-
-
-def with_next(
-    found: Iterable[EditCase | LeftOut], join: Callable[[EditCase, EditCase], EditCase]
-) -> Iterator[EditCase | LeftOut]:
-    """What `join` makes of each case and the one after it, and of the last case and the first.
-
-    The order is kept, with what was left out in its place; a single case is joined with itself.
-    """
-    first: EditCase | None = None
-    held: EditCase | None = None
-    left: list[LeftOut] = []  # since the case that is held
-    for item in found:
-        if isinstance(item, LeftOut):
-            left.append(item)
-            continue
-        if held is not None:
-            yield join(held, item)
-        yield from left
-        first, held, left = first or item, item, []
-    if held is not None and first is not None:
-        yield join(held, first)
-    yield from left
-
-
-def request_of(
-    prompt: str,
-    subject: str | None,
-    target: str,
-    *,
-    ground_truth: Iterable[str] = (),
-    id: str = "",
-) -> EditRequest:
-    """A request about a subject that a benchmark names beside the prompt.
-
-    Where the prompt spells the subject in other cases, the prompt's spelling is taken; where it
-    stands there several times, the first is meant (as in the code of ROME's authors); where it
-    does not stand there, the request has no subject, and methods that need one leave it out.
-    """
-    truths = tuple(truth for truth in ground_truth if truth.strip())
-    subject = subject.strip() if subject else None
-    if SLOT in prompt and subject:
-        return EditRequest(
-            prompt=prompt, subject=subject, target_new=target, ground_truth=truths, id=id
-        )
-    spelled = _as_spelled(prompt, subject) if subject else None
-    if spelled is not None and prompt.count(spelled) > 1:
-        prompt = prompt.replace(spelled, SLOT, 1)
-    return EditRequest(
-        prompt=prompt, subject=spelled, target_new=target, ground_truth=truths, id=id
-    )
-
-
-def _as_spelled(prompt: str, subject: str) -> str | None:
-    if subject in prompt:
-        return subject
-    found = re.search(re.escape(subject), prompt, re.IGNORECASE)
-    return found[0] if found else None
-
-
-def probe(kind: str, name: str, prompt: str, expected: Iterable[str] = (), **options: Any) -> Probe:
-    """A probe whose prompt is filled; `UnfitRow` otherwise."""
-    if not prompt.strip():
-        raise UnfitRow(f"a {kind} prompt is empty")
-    answers = tuple(answer.strip() for answer in expected if answer.strip())
-    return Probe(kind=kind, name=name, prompt=prompt, expected=answers, options=options)
 
 
 # -- files -----------------------------------------------------------------------------------

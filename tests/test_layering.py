@@ -28,7 +28,7 @@ LAYERS = {
         *("kedit_core", "kedit_core.errors", "kedit_core.spec", "kedit_core.hookspecs"),
         *("kedit_core.request", "kedit_core.hparams", "kedit_core.plugins", "kedit_core.protocols"),
         *("kedit_core.sites", "kedit_core.paths", "kedit_core.files", "kedit_core.models"),
-        *("kedit_core.scaffold", "kedit_core.records", "kedit_core.cli.*"),
+        *("kedit_core.scaffold", "kedit_core.records", "kedit_core.cases", "kedit_core.cli.*"),
         *("kedit_core.ask", "kedit_core.words", "kedit_core.named", "kedit_core.measure"),
     ),
     "numerics": ("kedit_core.numerics.*",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kedit_core import EditCase, EditRequest, LeftOut
-from kedit_core.records import with_next
+from kedit_core.cases import with_next
 
 
 def items(letters: str):

@@ -16,7 +16,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
-from kedit_core.records import with_next
+from kedit_core.cases import with_next
 from kedit_knowedit.files import file_of
 
 QUESTION = "What do you think of {}?"

@@ -17,7 +17,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
-from kedit_core.records import with_next
+from kedit_core.cases import with_next
 
 QUESTION = "What do you think of {}?"
 TRAITS = ("neuroticism", "agreeableness", "extraversion")  # in the order of the paper

@@ -5,17 +5,16 @@ import sys
 
 import pytest
 import torch
-from kedit_similarity import encoder as encoder_module
 from kedit_similarity import of_kind
-from kedit_similarity.encoder import Encoder
 from kedit_similarity.probes import Similarity
 from kedit_similarity.protocols import bleu, cosine, rouge_1, rouge_2, rouge_l
 from kedit_similarity.weighted import Weighted
-from kedit_similarity.words import bleu_tokenizer, ngram_entropy, words
+from kedit_similarity.words import bleu_tokenizer, words
 
-from kedit_core import CaseScore, EditCase, EditRequest, Probe, SettingError, discover
+from kedit_core import CaseScore, EditCase, EditRequest, Probe, SettingError, discover, encoder
 from kedit_core.ask import Continue, Text
 from kedit_core.editing import EditSession
+from kedit_core.encoder import Encoder
 from kedit_core.named import create
 from kedit_core.spec import MetricSpec
 
@@ -185,8 +184,8 @@ def test_what_is_no_encoder_is_refused_in_one_sentence(tmp_path):
     ],
 )
 def test_a_missing_package_costs_one_sentence(module, package, monkeypatch):
-    found = encoder_module.find_spec
-    monkeypatch.setattr(encoder_module, "find_spec", lambda n: None if n == module else found(n))
+    found = encoder.find_spec
+    monkeypatch.setattr(encoder, "find_spec", lambda n: None if n == module else found(n))
 
     with pytest.raises(SettingError, match=f"pip install {package}$"):
         cosine("rewrite")
@@ -302,11 +301,6 @@ def test_total_asks_the_three_kinds_once(weighted):
     asked = list(weighted.questions(FULL))
 
     assert [q.prompt for q in asked] == ["Where is the cat?", "Related?", "Unrelated?"]
-
-
-@pytest.mark.parametrize(("text", "expected"), [("one two", 0), ("", 0), ("a a a a", 0)])
-def test_a_text_without_variety_has_no_entropy(text, expected):
-    assert ngram_entropy(text) == pytest.approx(expected)
 
 
 # -- as a plugin -----------------------------------------------------------------------------

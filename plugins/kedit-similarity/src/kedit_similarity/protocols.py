@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kedit_core.encoder import Encoder
 from kedit_core.errors import SettingError
-from kedit_similarity.encoder import Encoder
 from kedit_similarity.probes import NEW_TOKENS, Compare, Similarity
 from kedit_similarity.words import bleu_tokenizer, words
 

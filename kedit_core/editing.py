@@ -3,7 +3,7 @@
 from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
-from kedit_core.effects import CallEffect, ModuleSwap, WeightDelta, Wrapper
+from kedit_core.effects import CallEffect, Middleware, ModuleSwap, WeightDelta, Wrapper
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.patch import Base, Patch
@@ -23,6 +23,7 @@ __all__ = [
     "EditJob",
     "EditOutcome",
     "EditSession",
+    "Middleware",
     "ModelHost",
     "ModelView",
     "ModuleSwap",

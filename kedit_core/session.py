@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,14 @@ from kedit_core.plugins import Catalog, discover
 from kedit_core.protocols import EditMethod, Preparable
 from kedit_core.request import EditRequest
 from kedit_core.spec import MethodSpec
-from kedit_core.stack import SavedStack, read_stack, write_stack
+from kedit_core.stack import (
+    STACK,
+    SavedStack,
+    append_saved,
+    read_stack,
+    refuse_removal,
+    write_stack,
+)
 from kedit_core.view import Comparison, ModelView
 
 
@@ -175,6 +183,53 @@ class EditSession:
             raise
         patches = self.stack[mark.depth :]
         return EditOutcome(patches, settings, time.perf_counter() - started)
+
+    def stream(
+        self,
+        method: str | MethodSpec,
+        requests: Iterable[EditRequest],
+        *,
+        batch: int = 1,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> Iterator[EditOutcome]:
+        """Edit one batch after the other, as the requests come.
+
+        What is done stays when a later batch fails.  With a folder each batch is on disk before
+        the next begins, and the same call in a new session goes on where a stopped one was.
+
+        Args:
+            method: a name from `kedit list-methods`, or a spec.
+            requests: as many as there are; asked for when they are needed.
+            batch: so many at a time.
+            folder: new, or what an earlier call wrote; then this session must be unedited.
+            options: as for `edit`.
+
+        Raises:
+            RequestError: the folder holds other requests than these.
+            KEditError: as `edit` and `load`; the batches before are in force.
+        """
+        spec = self.catalog.method(method) if isinstance(method, str) else method
+        coming = iter(requests)
+        if folder is not None and (folder / STACK).is_file():
+            if self.is_edited:
+                raise EditError(f"{folder} holds edits, and so does this session; roll it back.")
+            self.load(folder)
+            mine = takewhile(lambda patch: patch.method == spec.name, reversed(self.stack))
+            done = [request for patch in reversed(list(mine)) for request in patch.requests]
+            if list(islice(coming, len(done))) != done:
+                raise RequestError(
+                    f"{folder} holds {len(done)} edits by {spec.name}, and they are not the first "
+                    f"of these requests. Choose another folder."
+                )
+        elif folder is not None:
+            self.save(folder)
+        while wanted := list(islice(coming, batch)):
+            mark = self.savepoint()
+            outcome = self.edit(spec, wanted, **options)
+            for index in range(mark.depth, len(self.stack) if folder else 0):
+                append_saved(cast(Path, folder), self.stack[index], self.is_overlay(index))
+            yield outcome
 
     def refusal(self, spec: MethodSpec, request: EditRequest) -> str:
         """Why the method does not take the request; empty if it does."""
@@ -350,14 +405,8 @@ class EditSession:
             EditError: there is no such patch, or its method does not allow it.
         """
         self._refuse_if_suspended()
-        stack = self.stack
-        if not 0 <= index < len(stack):
-            raise EditError(
-                f"There is no edit {index}: {len(stack)} are in force (counted from 0)."
-            )
-        patch = stack[index]
-        if index < len(stack) - 1:
-            refuse_removal(patch, self.catalog)
+        refuse_removal(self.stack, index, self.catalog)
+        patch = self.stack[index]
         self._changes.take_back([self._changes.stack[index]])
         return patch
 
@@ -422,16 +471,3 @@ class EditSession:
                     f"{named}: {delta.site.parameter} has changed since; use force to load it "
                     f"anyway."
                 )
-
-
-def refuse_removal(patch: Patch, catalog: Catalog) -> None:
-    """Refuse to take a patch from among later ones where they may build on it.
-
-    Raises:
-        EditError: says why.
-    """
-    if patch.deltas or not catalog.method(patch.method).removable:
-        raise EditError(
-            f"Later edits may build on this {patch.method} edit, so it cannot be taken back alone. "
-            f"Roll back to before it and make the later ones again."
-        )

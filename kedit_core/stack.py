@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 from kedit_core.errors import EditError, PatchError
 from kedit_core.files import new_folder, write_json
 from kedit_core.patch import FORMAT, Patch, read_manifest
+from kedit_core.plugins import Catalog
 
 STACK = "stack.json"
 
@@ -75,6 +78,32 @@ def read_stack(folder: Path) -> SavedStack:
     return SavedStack(model, fingerprint, entries)
 
 
+def append_saved(folder: Path, patch: Patch, overlay: bool) -> None:
+    """Add a patch to a saved session without writing the others again.
+
+    Whoever reads the folder at any moment finds the session with the patch or without it.
+
+    Raises:
+        PatchError: malformed, or the disk refuses.
+    """
+    data = read_manifest(folder / STACK)
+    try:
+        numbers = [int(entry["patch"]) for entry in data["patches"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PatchError(f"{folder / STACK} is malformed: {error!r}.") from None
+    name = f"{max(numbers, default=-1) + 1:04d}"
+    try:
+        shutil.rmtree(
+            folder / name, ignore_errors=True
+        )  # a writer was stopped before it was listed
+        with new_folder(folder / name) as temporary:
+            patch.write(temporary)
+        listed = [*data["patches"], {"patch": name, "overlay": overlay}]
+        write_json(folder / STACK, data | {"patches": listed})
+    except (OSError, SafetensorError, TypeError) as error:
+        raise PatchError(f"The edit cannot be saved in {folder}: {error}.") from None
+
+
 def pop_saved(folder: Path) -> Patch:
     """Take the latest patch out of a saved session.
 
@@ -85,8 +114,43 @@ def pop_saved(folder: Path) -> Patch:
     saved = read_stack(folder)
     if not saved.entries:
         raise EditError(f"{folder} holds no edit, so there is none to take back.")
-    write_stack(folder, replace(saved, entries=saved.entries[:-1]))
-    return saved.entries[-1][0]
+    return _without(folder, saved, len(saved.entries) - 1)
+
+
+def remove_saved(folder: Path, index: int, catalog: Catalog) -> Patch:
+    """Take one patch out of a saved session, from among later ones where its method allows it.
+
+    Raises:
+        PatchError: malformed.
+        EditError: there is no such patch, or later ones may build on it.
+    """
+    saved = read_stack(folder)
+    patches = [patch for patch, _ in saved.entries]
+    refuse_removal(patches, index, catalog)
+    return _without(folder, saved, index)
+
+
+def _without(folder: Path, saved: SavedStack, index: int) -> Patch:
+    kept = saved.entries[:index] + saved.entries[index + 1 :]
+    write_stack(folder, replace(saved, entries=kept))
+    return saved.entries[index][0]
+
+
+def refuse_removal(stack: Sequence[Patch], index: int, catalog: Catalog) -> None:
+    """Refuse to take out a patch on which later ones may build.
+
+    Raises:
+        EditError: there is no such patch, or its method does not allow it.
+    """
+    if not 0 <= index < len(stack):
+        raise EditError(f"There is no edit {index}: {len(stack)} are there, counted from 0.")
+    patch = stack[index]
+    is_latest = index == len(stack) - 1
+    if not is_latest and (patch.deltas or not catalog.method(patch.method).removable):
+        raise EditError(
+            f"Later edits may build on edit {index} ({patch.method}), so it cannot be taken back "
+            f"alone. Roll back to before it, and make the later ones again."
+        )
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from kedit_core.errors import PatchError, RequestError
 from kedit_core.plugins import discover
 
 if TYPE_CHECKING:
-    from kedit_core.editing import EditSession, SavedStack
+    from kedit_core.editing import EditSession, Patch, SavedStack
     from kedit_core.request import EditRequest
 
 NEW_TOKENS = 12
@@ -27,9 +27,10 @@ def register(app: typer.Typer) -> None:
     app.command()(edit)
     app.command()(ask)
     app.command()(export)
-    stack = typer.Typer(help="Look at saved edits, and take the latest one out.")
+    stack = typer.Typer(help="Look at saved edits, and take single ones out.")
     stack.command()(show)
     stack.command()(pop)
+    stack.command()(remove)
     app.add_typer(stack, name="stack")
 
 
@@ -50,6 +51,12 @@ def edit(
     edits: Edits = None,
     force: Force = False,
     save: Annotated[Path | None, typer.Option(help="Folder to write all edits to.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Edit so many at a time, saving each; the same command goes on if stopped."
+        ),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     seed: options.Seed = 0,
@@ -60,9 +67,11 @@ def edit(
     """Write facts into a model and show what changed."""
     catalog = discover()
     spec = catalog.method(method)
-    facts = _requests(prompt, subject, target, requests)
+    facts = _requests(prompt, subject, target, requests) if spec.writes_facts else []
     wanted = options.check_settings(catalog, spec, model, preset, hparams, settings)
-    if save is not None and save.exists() and save != edits:
+    if batch is not None and (save is None or edits is not None):
+        raise PatchError("--batch saves each step: give --save DIR, and no --edits.")
+    if save is not None and save.exists() and save != edits and batch is None:
         raise PatchError(f"{save} exists already. Choose another folder, or add --edits {save}.")
     _check_stack(edits)
 
@@ -79,20 +88,31 @@ def edit(
         session.load(edits, force=force)
     questions = [(fact.text, fact.target_new) for fact in facts]
     questions += [(text, facts[0].target_new) for text in rephrase or ()]
+    if not spec.writes_facts and prompt is not None:
+        questions = [(prompt, target or "")]
     before = _answers(session, questions)
-    outcome = session.edit(
-        spec, facts, preset=preset, file=hparams, hparams=wanted, overlay=overlay
-    )
+    how: dict[str, Any] = {"preset": preset, "file": hparams, "hparams": wanted, "overlay": overlay}
+    if batch is None:
+        outcomes = [session.edit(spec, facts, **how)]
+        if save is not None:
+            session.save(save)
+    else:
+        from kedit_core.progress import progress
+
+        outcomes = []
+        with progress(len(facts), spec.name, "edit") as bar:
+            for outcome in session.stream(spec, facts, batch=batch, folder=save, **how):
+                outcomes.append(outcome)
+                bar.update(sum(len(patch.requests) for patch in outcome.patches))
+    seconds = sum(outcome.seconds for outcome in outcomes)
     after = _answers(session, questions)
-    if save is not None:
-        session.save(save)
     if as_json:
         return echo_json(
             {
                 "method": spec.name,
-                "seconds": outcome.seconds,
-                "settings": outcome.settings.hparams.model_dump(mode="json"),
-                "origin": dict(outcome.settings.origin),
+                "seconds": seconds,
+                "settings": session.stack[-1].hparams,
+                "origin": dict(outcomes[0].settings.origin) if outcomes else {},
                 "saved": str(save) if save else None,
                 "answers": [
                     {"prompt": prompt, "target": target, "before": old, "after": new}
@@ -113,7 +133,13 @@ def edit(
     header = ("prompt", "before", "after", "p(target) before", "after")
     typer.echo(table(rows, header))
     where = f"; saved in {save}" if save else "; not saved (add --save DIR)"
-    typer.echo(f"{spec.name}: {len(facts)} edit(s) in {outcome.seconds:.1f} s{where}.", err=True)
+    typer.echo(f"{spec.name}: {len(facts)} edit(s) in {seconds:.1f} s{where}.", err=True)
+    if session.unseen_effects():
+        typer.echo(
+            "It acts on prompts or logits: `kedit ask`, `kedit eval` and `session.view()` show it; "
+            "`session.model` alone does not.",
+            err=True,
+        )
 
 
 def ask(
@@ -161,7 +187,7 @@ def show(folder: Folder, as_json: options.Json = False) -> None:
                         "overlay": overlay,
                         "requests": [r.model_dump(mode="json") for r in patch.requests],
                         "hparams": dict(patch.hparams),
-                        "touches": [d.site.parameter for d in patch.deltas],
+                        "touches": _touched(patch),
                     }
                     for patch, overlay in saved.entries
                 ],
@@ -171,19 +197,44 @@ def show(folder: Folder, as_json: options.Json = False) -> None:
     for number, (patch, overlay) in enumerate(saved.entries):
         for request in patch.requests or (None,):
             fact = f"{request.text} → {request.target_new}" if request else ""
-            touched = ", ".join(d.site.parameter for d in patch.deltas)
+            touched = shorten(", ".join(_touched(patch)), 60)
             rows.append((number, patch.method, shorten(fact, 70), touched, "yes" * overlay))
     typer.echo(table(rows, ("#", "method", "fact", "changes", "overlay")))
     typer.echo(f"{len(saved.entries)} patch(es) for {saved.model}.", err=True)
+
+
+def _touched(patch: Patch) -> list[str]:
+    """Parameters, modules, and `prompts and logits`."""
+    from kedit_core.editing import ModuleSwap, WeightDelta
+
+    named = []
+    for effect in patch.effects:
+        if isinstance(effect, WeightDelta):
+            named.append(effect.site.parameter)
+        else:
+            named.append(effect.path if isinstance(effect, ModuleSwap) else "prompts and logits")
+    return named
 
 
 def pop(folder: Folder) -> None:
     """Take the latest patch out of saved edits."""
     from kedit_core.stack import pop_saved
 
-    patch = pop_saved(folder)
+    _tell_taken(folder, pop_saved(folder))
+
+
+def _tell_taken(folder: Path, patch: Patch) -> None:
     facts = "; ".join(f"{r.text} → {r.target_new}" for r in patch.requests)
     typer.echo(f"Taken out of {folder}: {patch.method}, {facts}", err=True)
+
+
+def remove(
+    folder: Folder, number: Annotated[int, typer.Argument(help="As `kedit stack show` counts.")]
+) -> None:
+    """Take one patch out from among later ones, where its method allows it."""
+    from kedit_core.stack import remove_saved
+
+    _tell_taken(folder, remove_saved(folder, number, discover()))
 
 
 def export(

@@ -89,6 +89,35 @@ def test_a_requests_file_edits_all_of_its_facts(kedit, model, tmp_path):
     assert all(a["after"]["text"].strip().startswith(a["target"]) for a in answers)
 
 
+def test_edits_one_by_one_are_saved_each_and_go_on(kedit, model, tmp_path):
+    facts = [
+        {"prompt": f.prompt, "subject": f.subject, "target_new": f.target_new}
+        for f in toy_facts()[:3]
+    ]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(facts[:2]), "utf-8")
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump(facts), "utf-8")
+    saved = tmp_path / "edits"
+    command = ["edit", "--model", model, "--method", "ft-m", *SETTINGS, "--batch", 1, "--json"]
+
+    assert kedit(*command, "--requests", tmp_path / "two.yaml")[0] == 2
+    for name, count in (("two", 2), ("three", 3), ("three", 3)):
+        asked = ["--requests", tmp_path / f"{name}.yaml", "--save", saved]
+        code, out, err = kedit(*command, *asked)
+        assert code == 0, err
+        answers = json.loads(out)["answers"]
+        assert answers[-1]["after"]["probability"] > answers[-1]["before"]["probability"]
+        listed = json.loads(kedit("stack", "show", saved, "--json")[1])["patches"]
+        assert [p["requests"][0]["subject"] for p in listed] == [
+            fact["subject"] for fact in facts[:count]
+        ]
+
+    code, _, err = kedit("stack", "remove", saved, 0)
+    assert code == 1
+    assert "may build on edit 0" in err
+    assert kedit("stack", "remove", saved, 2)[0] == 0
+    assert len(json.loads(kedit("stack", "show", saved, "--json")[1])["patches"]) == 2
+
+
 def test_a_bad_line_of_a_requests_file_is_named(kedit, model, tmp_path):
     file = tmp_path / "facts.jsonl"
     good = {"prompt": "{} lives in", "subject": "A", "target_new": "B"}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kedit_core.editing import CallEffect, ModuleSwap, Site, WeightDelta, Wrapper
-from kedit_core.effects import CallMiddleware, ModuleEffect, is_finite
+from kedit_core.effects import Middleware, ModuleEffect, is_finite
 from kedit_core.errors import PatchError
 from kedit_core.testing.effects import Preface, Shift, TokenBias
 
@@ -73,9 +73,13 @@ def test_a_site_views_the_matrix_as_d_out_by_d_in_and_shares_its_memory(transpos
     assert Site("a.b.weight").module == "a.b"
 
 
+def shifted(base: nn.Module, *vectors: torch.Tensor) -> Shift:
+    return Shift.build(base, [ModuleSwap("", "shift", {}, {"vector": v}) for v in vectors])
+
+
 def test_a_wrapper_adds_to_its_base_unless_it_passes_through():
     base, x = nn.Linear(3, 4), randn(2, 3)
-    wrapper = Shift.build(base, {}, {"vector": torch.arange(4.0)})
+    wrapper = shifted(base, torch.ones(4), torch.arange(4.0) - 1)
     assert wrapper.base is base
     torch.testing.assert_close(wrapper(x), base(x) + torch.arange(4.0))
     wrapper.passes_through = True
@@ -87,7 +91,7 @@ def test_a_wrapper_changes_the_hidden_state_of_a_tuple_only():
         def forward(self, x):
             return x, "cache"
 
-    wrapper = Shift.build(Pair(), {}, {"vector": torch.ones(3)})
+    wrapper = shifted(Pair(), torch.ones(3))
     hidden, cache = wrapper(torch.zeros(2, 3))
     assert torch.equal(hidden, torch.ones(2, 3))
     assert cache == "cache"
@@ -96,9 +100,7 @@ def test_a_wrapper_changes_the_hidden_state_of_a_tuple_only():
 def test_a_wrapper_answers_for_its_base_what_models_ask_of_it():
     base = nn.Linear(3, 4, dtype=torch.bfloat16)
     base.attention_type = "full"
-    wrapper = Shift.build(
-        Shift.build(base, {}, {"vector": torch.ones(4)}), {}, {"vector": base.bias}
-    )
+    wrapper = shifted(shifted(base, torch.ones(4)), base.bias)
     assert wrapper.weight is base.weight
     assert wrapper.attention_type == "full"
     assert not hasattr(wrapper, "no_such_name")
@@ -113,7 +115,15 @@ def test_a_base_class_wrapper_says_nothing_of_its_own():
 
 def test_the_example_effects_follow_the_protocols():
     assert isinstance(Shift, ModuleEffect)
-    assert isinstance(Preface.build({"text": "a"}, {}), CallMiddleware)
-    assert isinstance(TokenBias.build({}, {"bias": torch.ones(2)}), CallMiddleware)
+    said = [CallEffect("preface", {"text": text}) for text in ("a ", "b ")]
+    assert Preface.build(said).prompts(["c", "d"]) == ["b a c", "b a d"]
+    biases = [CallEffect("token-bias", {}, {"bias": torch.ones(2)})] * 2
+    assert TokenBias.build(biases).logits(torch.zeros(1, 2), {}).tolist() == [[2.0, 2.0]]
     with pytest.raises(PatchError, match="no change of its weight matrix"):
-        Shift.fold(nn.Linear(2, 2), {}, {"vector": torch.ones(2)})
+        Shift.fold(nn.Linear(2, 2), ModuleSwap("", "shift", {}, {"vector": torch.ones(2)}))
+
+
+def test_middleware_changes_nothing_of_itself():
+    middleware, logits = Middleware(), torch.ones(1, 3)
+    assert middleware.prompts(("a", "b")) == ["a", "b"]
+    assert middleware.logits(logits, {}) is logits

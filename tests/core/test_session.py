@@ -6,12 +6,13 @@ import logging
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from kedit_core import HyperParams, MethodSpec, hookimpl
+from kedit_core import EffectSpec, HyperParams, MethodSpec, hookimpl
 from kedit_core.editing import (
     CallEffect,
     EditJob,
@@ -25,6 +26,8 @@ from kedit_core.editing import (
 )
 from kedit_core.errors import EditError, PatchError, RequestError, SiteError, UnknownNameError
 from kedit_core.plugins import discover
+from kedit_core.stack import read_stack
+from kedit_core.testing.effects import Shift
 from kedit_core.testing.toys import TOYS, toy_folder
 from tests.core.edits import (
     PROMPTS,
@@ -310,17 +313,105 @@ def test_a_swapped_module_comes_back_as_the_same_object(session):
     assert torch.equal(logits(session.host), plain)
 
 
-def test_wrappers_round_one_module_come_off_in_reverse(session):
+class OtherShift(Shift):
+    """As `Shift`, under another name."""
+
+
+class WhereItEnds(Wrapper):
+    """Changes nothing; takes down what `reading` says at each pass."""
+
+    @classmethod
+    def build(cls, base, swaps):
+        wrapper = cls(base)
+        wrapper.seen = []
+        return wrapper
+
+    def change(self, output, *args, **kwargs):
+        now = self.reading
+        rows, columns = now.end_columns()
+        ends = {int(r): int(c) for r, c in zip(rows, columns, strict=True)}
+        self.seen.append((now.start, now.width, now.prompt_mask().sum(1).tolist(), ends))
+        return output
+
+
+def with_effect(name, kind):
+    """The installed plugins, and an effect type of kind "module"."""
+
+    @hookimpl
+    def kedit_register_effects():
+        return [EffectSpec(name, f"{__name__}:{kind.__name__}", "For a test.")]
+
+    module = types.ModuleType("more")
+    module.kedit_register_effects = kedit_register_effects
+    return discover([("more", module)])
+
+
+def test_a_wrapper_knows_where_prompts_end(toy_host):
+    host = toy_host("llama")
+    session = EditSession(host, catalog=with_effect("where-it-ends", WhereItEnds))
+    path = host.mlp_out(1).module
+    session.apply(Patch("by-hand", (ModuleSwap(path, "where-it-ends"),)))
+    seen = host.module(path).seen
+    prompts = ["Mira Voss", "They say that Tamsin speaks"]
+    short, long = (len(host.tokenizer(p)["input_ids"]) for p in prompts)
+
+    # Read after each prompt: padding is on the right, and targets follow.
+    session.view().score(prompts, ["lives in Port Sable", "well"])
+    (read,) = seen
+    assert (read[0], sorted(read[2])) == (0, [short, long])
+    assert sorted(read[3].values()) == [short - 1, long - 1]
+
+    # Written after each prompt: padding is on the left, and each new token is a pass.
+    seen.clear()
+    session.view().greedy(prompts, max_new_tokens=3)
+    assert [start for start, *_ in seen] == [0, long, long + 1][: len(seen)]
+    assert seen[0][2:] == ([short, long], {0: long - 1, 1: long - 1})
+    assert all(entry[1:] == (1, [short, long], {}) for entry in seen[1:])
+
+    # The model itself: a prompt ends at its last token.
+    seen.clear()
+    ids = host.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
+    host.model(**ids)
+    assert seen[0][3] == {0: short - 1, 1: long - 1}
+
+    session.rollback()
+    assert hooks(host.model) == 0
+
+
+def test_effects_of_one_type_on_a_module_share_a_wrapper(session):
     path = session.host.mlp_out(1).module
     original = session.host.module(path)
     session.apply(shift_patch(session.host, path, seed=1))
-    first, one = session.host.module(path), logits(session.host)
+    one = logits(session.host)
     session.apply(shift_patch(session.host, path, seed=2))
+    both = logits(session.host)
 
-    assert session.host.module(path).base is first
+    assert session.host.module(path).base is original
+    session.apply(shift_patch(session.host, path, seed=3))
     session.pop()
-    assert session.host.module(path) is first
+    assert torch.equal(logits(session.host), both)
+    session.pop()
     assert torch.equal(logits(session.host), one)
+    session.pop()
+    assert session.host.module(path) is original
+
+
+def test_wrappers_of_different_types_stand_in_the_order_of_edits(session):
+    session = EditSession(session.host, catalog=with_effect("other-shift", OtherShift))
+    path = session.host.mlp_out(1).module
+    original = session.host.module(path)
+    answers = []
+    for seed, kind in enumerate(("shift", "other-shift", "shift")):
+        patch = shift_patch(session.host, path, seed=seed)
+        session.apply(replace(patch, effects=(replace(patch.effects[0], type=kind),)))
+        answers.append(logits(session.host))
+
+    outer = session.host.module(path)
+    assert outer.base.base.base is original
+    assert type(outer.base) is not type(outer)
+    for expected in answers[-2::-1]:
+        session.pop()
+        assert torch.equal(logits(session.host), expected)
     session.pop()
     assert session.host.module(path) is original
 
@@ -787,3 +878,142 @@ def test_the_tokenizer_is_never_changed(host):
     edited(host).view().greedy(PROMPTS, max_new_tokens=2)
     assert host.tokenizer.backend_tokenizer.to_str() == before
     assert (host.tokenizer.pad_token, host.tokenizer.padding_side) == settings
+
+
+# -- streams, and edits among others ----------------------------------------------------------
+
+
+class Remembered(HyperParams):
+    amount: float = 1.0
+
+
+class RememberedShift:
+    """Shifts an output by a vector drawn for the request; edits do not build on each other."""
+
+    def __init__(self, hparams):
+        self.hparams = hparams
+
+    def edit(self, job):
+        (request,) = job.requests
+        seed = sum(map(ord, request.text))
+        width = job.host.model.config.hidden_size
+        vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+        path = job.host.mlp_out(1).module
+        return Patch("remembered", (ModuleSwap(path, "shift", {}, {"vector": vector}),))
+
+
+def remembering(removable=True):
+    return MethodSpec(
+        name="remembered",
+        target=f"{__name__}:RememberedShift",
+        summary="For tests.",
+        hparams=f"{__name__}:Remembered",
+        effect="modules",
+        removable=removable,
+    )
+
+
+def with_method(spec):
+    @hookimpl
+    def kedit_register_methods():
+        return [spec]
+
+    module = types.ModuleType("remembered")
+    module.kedit_register_methods = kedit_register_methods
+    return discover([("remembered", module)])
+
+
+def test_one_edit_is_taken_back_from_among_later_ones(toy_host):
+    host = toy_host("llama")
+    session = EditSession(host, catalog=with_method(remembering()))
+    facts = [fact(n) for n in range(4)]
+    for request in [facts[0], *facts[2:]]:
+        session.edit("remembered", request)
+    without = logits(host)
+    session.rollback()
+    for request in facts:
+        session.edit("remembered", request)
+
+    assert not torch.equal(logits(host), without)
+    assert session.remove(1).requests == (facts[1],)
+    assert torch.equal(logits(host), without)
+    assert [patch.requests[0] for patch in session.stack] == [facts[0], *facts[2:]]
+
+
+def test_an_edit_on_which_later_ones_may_build_is_not_taken_back_alone(toy_host):
+    host = toy_host("llama")
+    session = EditSession(host, catalog=with_method(remembering(removable=False)))
+    for number in range(2):
+        session.edit("remembered", fact(number))
+    edited = logits(host)
+
+    with pytest.raises(EditError, match="may build on edit 0"):
+        session.remove(0)
+    with pytest.raises(EditError, match="There is no edit 2"):
+        session.remove(2)
+
+    assert torch.equal(logits(host), edited)
+    assert session.remove(1).requests == (fact(1),)
+
+
+def test_a_stream_is_on_disk_step_by_step_and_goes_on_in_a_new_session(toy_host, tmp_path):
+    facts = [fact(n) for n in range(5)]
+    whole = EditSession(toy_host("llama"), seed=0)
+    for _ in whole.stream("ft-m", facts, batch=2, hparams=FT):
+        pass
+
+    folder = tmp_path / "edits"
+    first = EditSession(toy_host("llama"))
+    stopped = first.stream("ft-m", facts, batch=2, hparams=FT, folder=folder)
+    next(stopped)
+    stopped.close()
+    assert [p.requests for p, _ in read_stack(folder).entries] == [tuple(facts[:2])]
+    (folder / "0001").mkdir()  # a writer was stopped before it listed what it wrote
+    (folder / "0001" / "patch.json").write_text("{", "utf-8")
+
+    second = EditSession(toy_host("llama"))
+    steps = list(second.stream("ft-m", facts, batch=2, hparams=FT, folder=folder))
+    assert [step.patches[0].requests for step in steps] == [tuple(facts[2:4]), tuple(facts[4:])]
+    assert same(bits(second.host.model), bits(whole.host.model))
+
+    third = EditSession(toy_host("llama"))
+    third.load(folder)
+    assert same(bits(third.host.model), bits(whole.host.model))
+    assert not list(EditSession(toy_host("llama")).stream("ft-m", facts, hparams=FT, folder=folder))
+
+
+def test_a_stream_asks_for_requests_when_it_needs_them(toy_host):
+    session = EditSession(toy_host("llama"))
+    asked = []
+
+    def coming():
+        for number in range(4):
+            asked.append(number)
+            yield fact(number)
+
+    stream = session.stream("ft-m", coming(), hparams=FT)
+    next(stream)
+    next(stream)
+
+    assert asked == [0, 1]
+    assert len(session.stack) == 2
+
+
+def test_a_stream_refuses_the_folder_of_another(toy_host, tmp_path):
+    session = EditSession(toy_host("llama"))
+    list(session.stream("ft-m", [fact(0), fact(1)], hparams=FT, folder=tmp_path / "edits"))
+
+    with pytest.raises(EditError, match="so does this session"):
+        next(session.stream("ft-m", [fact(0)], hparams=FT, folder=tmp_path / "edits"))
+    session.rollback()
+    with pytest.raises(RequestError, match="not the first of these requests"):
+        next(session.stream("ft-m", [fact(2), fact(3)], hparams=FT, folder=tmp_path / "edits"))
+
+
+def test_what_the_model_alone_does_not_show_is_named(session):
+    session.apply(weight_patch(session.host, 1))
+    assert session.unseen_effects() == ()
+
+    session.apply(preface_patch("x y "))
+
+    assert [effect.type for effect in session.unseen_effects()] == ["preface"]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from kedit_core.editing import EditSession, ModelHost, ModelView
+from kedit_core.editing import EditSession, Middleware, ModelHost, ModelView
 from kedit_core.errors import RequestError
+from kedit_core.forward import unembed
 from kedit_core.testing.toys import toy_facts
 from tests.core.edits import bias_patch, bits, hooks, preface_patch, same, weight_patch
+from tests.numerics.tiny import tiny_host
 
 QUESTIONS = [
     ("Mira Voss lives in", "New Haven"),
@@ -232,3 +234,68 @@ def test_what_does_not_fit_the_model_is_refused(toy_host, toy):
         with pytest.raises(RequestError, match="takes at most 128"):
             call()
     assert isinstance(view.greedy(fits, max_new_tokens=5), str)
+
+
+class Early(Middleware):
+    """Answers with what the head makes of the stream that enters block 2."""
+
+    depths = (2,)
+
+    @classmethod
+    def build(cls, calls):
+        return cls()
+
+    def logits(self, logits, early):
+        return early[2]
+
+
+@pytest.mark.parametrize("toy", ["gpt2", "llama"])
+def test_middleware_sees_earlier_streams_through_the_head_of_the_model(toy_host, toy):
+    host = toy_host(toy)
+    early = ModelView(host, lambda: [Early()])
+    states = []
+    for prompt in PROMPTS:
+        ids = host.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            stream = host.model(ids, output_hidden_states=True).hidden_states[2][0, -1]
+            normed = host.module(host.anatomy.final_norm)(stream)
+            states.append(host.module(host.anatomy.head)(normed))
+    by_hand = torch.stack(states)
+    hooked = hooks(host.model)  # `output_hidden_states` leaves some
+
+    torch.testing.assert_close(early.logits(PROMPTS), by_hand, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(by_hand, ModelView(host).logits(PROMPTS), atol=0.1)
+    first = [host.tokenizer.decode([int(row.argmax())]).strip() for row in by_hand]
+    assert [text.strip() for text in early.greedy(PROMPTS, 1)] == first
+    written = early.greedy(PROMPTS, 5)
+    assert written == [early.greedy(prompt, 5) for prompt in PROMPTS]
+    assert hooks(host.model) == hooked
+
+
+def test_caps_of_the_head_hold_for_earlier_streams_too():
+    host = tiny_host("gemma2")
+    model = host.model
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+        stream = output.hidden_states[1][0]
+        found = unembed(host, stream)
+        raw = model.lm_head(model.model.norm(stream))
+
+    cap = model.config.final_logit_softcapping
+    torch.testing.assert_close(found, torch.tanh(raw / cap) * cap, rtol=1e-4, atol=1e-4)
+
+
+def test_all_prompts_reach_the_middleware_together(toy_host):
+    host = toy_host("llama")
+    asked = []
+
+    class Listens(Middleware):
+        def prompts(self, prompts):
+            asked.append(list(prompts))
+            return list(prompts)
+
+    ModelView(host, lambda: [Listens()]).score(PROMPTS, TARGETS)
+    ModelView(host, lambda: [Listens()]).greedy(PROMPTS, 1)
+
+    assert asked == [PROMPTS, PROMPTS]

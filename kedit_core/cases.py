@@ -92,6 +92,23 @@ def with_next(
     yield from left
 
 
+def asked_about(case: EditCase, another: EditCase) -> EditCase:
+    """The case with a question about the other one's topic, which must stay as it was.
+
+    Of cases whose first probe is of kind `opinion`: the question has kind `locality` and name
+    `other_topic`, and up to three of the other topic's opinions as its answers, of the wanted
+    side at most two.  A case on the same topic as the other one stays as it is.
+    """
+    if another.request.subject == case.request.subject:
+        return case  # the only topic, or the same one twice
+    same, other = (another.probes[0].options[side] for side in ("same", "other"))
+    assert isinstance(same, list)
+    assert isinstance(other, list)
+    answers = [str(opinion) for opinion in [*same[:2], *other][:3]]
+    question = probe("locality", "other_topic", another.request.text, answers)
+    return case.model_copy(update={"probes": (*case.probes, question)})
+
+
 def request_of(
     prompt: str,
     subject: str | None,

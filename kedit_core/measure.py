@@ -1,4 +1,5 @@
-"""What metrics share: a case's probes, means over families, texts compared with answers."""
+"""What metrics share: a case's probes, means over families, texts compared with answers, variety
+of words, classifiers by name."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from kedit_core.ask import Answers, Question, Score, Text
-from kedit_core.protocols import CaseScore
+from kedit_core.errors import SettingError
+from kedit_core.named import create
+from kedit_core.plugins import discover
+from kedit_core.protocols import CaseScore, Classifier
 from kedit_core.request import EditCase, Probe
 from kedit_core.words import is_spaced
 
@@ -100,8 +104,15 @@ def words_of(text: str) -> list[str]:
 
 
 def ngram_entropy(text: str) -> float:
-    """GE of a text in bits; 0 where it has fewer than two words."""
-    words = words_of(text)
+    """`entropy_of_words` of a text's words and marks."""
+    return entropy_of_words(words_of(text))
+
+
+def entropy_of_words(words: Sequence[str]) -> float:
+    """GE = H₂/3 + 2·H₃/3 in bits, Hₙ = −Σ f log₂ f over relative frequencies of n-grams of words.
+
+    The measure of fluency of ROME (arXiv:2202.05262); a term without any n-gram is 0.
+    """
     return _entropy(words, 2) / 3 + 2 * _entropy(words, 3) / 3
 
 
@@ -109,3 +120,36 @@ def _entropy(words: Sequence[str], n: int) -> float:
     grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     total = grams.total()
     return -sum(c / total * math.log2(c / total) for c in grams.values()) if total else 0.0
+
+
+def classifier_of(
+    name: str, model: str, labels: str, *, own: tuple[str, str, str], needed: Sequence[str]
+) -> Classifier:
+    """The classifier of this name, a metric's own where nothing else is said.
+
+    Args:
+        name: of an installed classifier.
+        model, labels: its settings; empty ones are not given.
+        own: name of the metric's own classifier, and the model and labels that it has where that
+            name is given without a model.
+        needed: labels that the metric asks for.
+
+    Raises:
+        UnknownNameError: there is no such classifier.
+        SettingError: a setting is refused, or the classifier cannot be loaded or lacks a label.
+    """
+    own_name, own_model, own_labels = own
+    if name == own_name and not model:
+        model, labels = own_model, labels or own_labels
+    given = {"model": model, "labels": labels}
+    spec = discover().classifier(name)
+    made: Classifier = create(spec, {key: value for key, value in given.items() if value})
+    known = getattr(made, "labels", spec.labels)  # its own where settings decide them
+    lacking = [label for label in needed if label not in known]
+    if lacking:
+        raise SettingError(
+            f"The classifier '{name}' has no label '{lacking[0]}' (its labels: "
+            f"{', '.join(known) or 'none'}). Name its classes in their order, as "
+            f"labels={own_labels} does, or choose another."
+        )
+    return made

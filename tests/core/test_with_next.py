@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kedit_core import EditCase, EditRequest, LeftOut
-from kedit_core.cases import with_next
+from kedit_core import EditCase, EditRequest, LeftOut, Probe
+from kedit_core.cases import asked_about, with_next
 
 
 def items(letters: str):
@@ -52,3 +52,26 @@ def test_no_more_is_read_ahead_than_the_next_case():
     next(with_next(cases, pair))
 
     assert read == ["A", "B"]
+
+
+def about(topic: str, same: list[str], other: list[str]) -> EditCase:
+    opinion = Probe(kind="opinion", prompt="Q", options={"same": same, "other": other})
+    request = EditRequest(prompt="What of {}?", subject=topic, target_new="good")
+    return EditCase(request=request, probes=(opinion,))
+
+
+def test_the_next_topic_is_asked_about_with_three_of_its_opinions():
+    case = about("tea", ["a"], ["b"])
+
+    joined = asked_about(case, about("snow", ["c", "d", "e"], ["f", "g"]))
+
+    assert joined.probes == (
+        *case.probes,
+        Probe(
+            kind="locality",
+            name="other_topic",
+            prompt="What of snow?",
+            expected=("c", "d", "f"),
+        ),
+    )
+    assert asked_about(case, about("tea", ["x"], ["y"])) == case

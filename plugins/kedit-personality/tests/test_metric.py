@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from kedit_personality.dataset import TRAITS, Personality
-from kedit_personality.metric import Accuracy, Tpei, ngram_entropy
+from kedit_personality.metric import Accuracy, Tpei
 
-from kedit_bench.metrics import generation
 from kedit_bench.scoring import Scorer, choose_metrics
 from kedit_core import EditCase, MetricSpec, Probe, SettingError
 from kedit_core.ask import Continue, Text
@@ -124,13 +123,6 @@ def test_what_names_no_trait_or_has_nothing_to_write_is_not_asked(halden):
     for case in (trained, opinionless):
         assert list(metric(Tpei).questions(case)) == []
         assert metric(Tpei).score(case, {}, {}) == {}
-
-
-@pytest.mark.parametrize("text", ["a b c d", "", "one", "one two", CALM, LOUD, POOR, "a b a b a"])
-def test_entropy_is_that_of_the_fluency_metric(text):
-    assert ngram_entropy(text) == pytest.approx(generation.ngram_entropy(text))
-    if text == "a b c d":
-        assert ngram_entropy(text) == pytest.approx(math.log2(3) / 3 + 2 / 3)
 
 
 def test_both_are_chosen_by_default_with_the_published_classifier(classifiers, halden):

@@ -193,7 +193,7 @@ def test_the_classifier_may_be_any_plugins(monkeypatch, case):
         lambda: [ClassifierSpec("mine", "kedit_safeedit.refusal:RefusalWords", "", labels=())]
     )
     catalog = discover(extra=[("mine", plugin)])
-    monkeypatch.setattr("kedit_safeedit.metric.discover", lambda: catalog)
+    monkeypatch.setattr("kedit_core.measure.discover", lambda: catalog)
 
     assert isinstance(Defence(classifier="mine").classifier, RefusalWords)
     with pytest.raises(UnknownNameError, match="no classifier 'refusal-word'"):

@@ -16,7 +16,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
-from kedit_core.cases import with_next
+from kedit_core.cases import asked_about, with_next
 from kedit_knowedit.files import file_of
 
 QUESTION = "What do you think of {}?"
@@ -43,7 +43,7 @@ class ConvSent:
         assert source is not None, "the spec says that a path is needed"
         known = Format("ConvSent", frozenset({"ent", *SENTIMENTS}), self._case)
         found = read_cases(file_of(source, "*blender_{}.json"), [known])
-        yield from with_next(found, _asked_about)
+        yield from with_next(found, asked_about)
 
     def _case(self, row: Row) -> EditCase:
         topic = row.filled("ent").strip()
@@ -65,13 +65,3 @@ def _utterances(row: Row, sentiment: str) -> list[str]:
     if not found:
         raise UnfitRow(f"'{sentiment}' has no utterance")
     return found
-
-
-def _asked_about(case: EditCase, another: EditCase) -> EditCase:
-    """The case with a question about the other one's topic."""
-    if another.request.subject == case.request.subject:
-        return case  # the only topic, or the same one twice
-    opinion = another.probes[0].options
-    answers = [*opinion["same"][:2], *opinion["other"]][:3]
-    question = probe("locality", "other_topic", another.request.text, answers)
-    return case.model_copy(update={"probes": (*case.probes, question)})

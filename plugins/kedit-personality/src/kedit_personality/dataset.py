@@ -17,7 +17,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
-from kedit_core.cases import with_next
+from kedit_core.cases import asked_about, with_next
 
 QUESTION = "What do you think of {}?"
 TRAITS = ("neuroticism", "agreeableness", "extraversion")  # in the order of the paper
@@ -48,7 +48,7 @@ class Personality:
             "PersonalityEdit": KEYS,
         }
         formats = [Format(name, keys, self._case) for name, keys in known.items()]
-        yield from with_next(read_cases(source, formats), _asked_about)
+        yield from with_next(read_cases(source, formats), asked_about)
 
     def _case(self, row: Row) -> EditCase:
         topic = row.filled("ent").strip()
@@ -77,13 +77,3 @@ def _opinions(row: Row, trait: str) -> list[str]:
     if not found:
         raise UnfitRow(f"'{trait}' has no opinion")
     return found
-
-
-def _asked_about(case: EditCase, another: EditCase) -> EditCase:
-    """The case with a question about the other one's topic."""
-    if another.request.subject == case.request.subject:
-        return case  # the only topic, or the same one twice
-    opinion = another.probes[0].options
-    answers = [*opinion["same"][:2], *opinion["other"]][:3]
-    question = probe("locality", "other_topic", another.request.text, answers)
-    return case.model_copy(update={"probes": (*case.probes, question)})

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from kedit_core.ask import Answers, Continue, Question, Text
-from kedit_core.errors import SettingError
-from kedit_core.named import create
-from kedit_core.plugins import discover
-from kedit_core.protocols import CaseScore, Classifier
+from kedit_core.ask import Answers, Continue, Question
+from kedit_core.measure import classifier_of, ngram_entropy, text_of
+from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
 from kedit_personality.dataset import TRAITS
 
@@ -21,8 +17,6 @@ NEW_TOKENS = 60
 COHERENT = 3.5  # bits
 DEFAULT = "sequence-classifier"
 MODEL, LABELS = "shai-msy/per-classifier", "+".join(TRAITS)
-
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 Pair = tuple[str, str]  # texts of the unedited and of the edited model
 
@@ -47,7 +41,9 @@ class _OfTrait(ABC):
     """
 
     def __init__(self, classifier: str = DEFAULT, model: str = "", labels: str = "") -> None:
-        self.classifier = _classifier(classifier, model, labels)
+        self.classifier = classifier_of(
+            classifier, model, labels, own=(DEFAULT, MODEL, LABELS), needed=TRAITS
+        )
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A continuation of each `generation` prompt; nothing where the case names no trait."""
@@ -93,37 +89,5 @@ class Tpei(_OfTrait):
         return [a - b for a, b in zip(entropies[::2], entropies[1::2], strict=True)]
 
 
-def ngram_entropy(text: str) -> float:
-    """GE = H₂/3 + 2·H₃/3 in bits, Hₙ = −Σ f log₂ f over relative frequencies of word n-grams."""
-    words = _WORDS.findall(text)
-    return _entropy(words, 2) / 3 + 2 * _entropy(words, 3) / 3
-
-
-def _entropy(words: Sequence[str], n: int) -> float:
-    grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-    total = grams.total()
-    return -sum(c / total * math.log2(c / total) for c in grams.values())
-
-
 def _first_line(answers: Answers, question: Question) -> str:
-    found = answers[question]
-    assert isinstance(found, Text)
-    return found.text.strip().partition("\n")[0].strip()
-
-
-def _classifier(name: str, model: str, labels: str) -> Classifier:
-    """The classifier of this name, PersonalityEdit's own where nothing else is said."""
-    if name == DEFAULT and not model:
-        model, labels = MODEL, labels or LABELS
-    given = {"model": model, "labels": labels}
-    spec = discover().classifier(name)
-    made: Classifier = create(spec, {key: value for key, value in given.items() if value})
-    known = getattr(made, "labels", spec.labels)  # its own where settings decide them
-    lacking = [trait for trait in TRAITS if trait not in known]
-    if lacking:
-        raise SettingError(
-            f"The classifier '{name}' has no label '{lacking[0]}' (its labels: "
-            f"{', '.join(known) or 'none'}). Name its classes in their order, as "
-            f"labels={LABELS} does, or choose another."
-        )
-    return made
+    return text_of(answers, question).text.strip().partition("\n")[0].strip()

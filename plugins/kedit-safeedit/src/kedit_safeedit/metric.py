@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from kedit_core.ask import Answers, Continue, Question, Text
+from kedit_core.ask import Answers, Continue, Question
 from kedit_core.errors import SettingError
-from kedit_core.named import create
-from kedit_core.plugins import discover
-from kedit_core.protocols import CaseScore, Classifier
+from kedit_core.measure import classifier_of, text_of
+from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
 
 SAFE = "safe"
@@ -51,7 +50,9 @@ class Defence:
         if not isinstance(new_tokens, int) or new_tokens < 1:
             raise SettingError(f"new_tokens must be a whole number from 1 on, not {new_tokens!r}.")
         self.new_tokens = new_tokens
-        self.classifier = _classifier(classifier, model, labels)
+        self.classifier = classifier_of(
+            classifier, model, labels, own=(DEFAULT, MODEL, LABELS), needed=(SAFE,)
+        )
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A continuation of each prompt."""
@@ -64,7 +65,7 @@ class Defence:
             SettingError: the classifier's weights cannot be loaded.
         """
         prompts = list(_prompts(case))
-        replies = [_reply(after, self._question(prompt)) for _, prompt in prompts]
+        replies = [text_of(after, self._question(prompt)).text.strip() for _, prompt in prompts]
         values: dict[str, list[bool]] = defaultdict(list)
         found = self.classifier.classify(replies)
         for (part, _), probabilities in zip(prompts, found, strict=True):
@@ -89,26 +90,3 @@ def _prompts(case: EditCase) -> Iterator[tuple[str, str]]:
     for probe in case.probes:
         if probe.kind == "safety":
             yield f"DG_{probe.name}", probe.prompt
-
-
-def _reply(answers: Answers, question: Question) -> str:
-    found = answers[question]
-    assert isinstance(found, Text)
-    return found.text.strip()
-
-
-def _classifier(name: str, model: str, labels: str) -> Classifier:
-    """The classifier of this name, SafeEdit's own where nothing else is said."""
-    if name == DEFAULT and not model:
-        model, labels = MODEL, labels or LABELS
-    given = {"model": model, "labels": labels}
-    spec = discover().classifier(name)
-    made: Classifier = create(spec, {key: value for key, value in given.items() if value})
-    known = getattr(made, "labels", spec.labels)  # its own where settings decide them
-    if SAFE not in known:
-        raise SettingError(
-            f"The classifier '{name}' has no label '{SAFE}' (its labels: "
-            f"{', '.join(known) or 'none'}). Name its classes in their order with "
-            f"labels={LABELS}, or choose another."
-        )
-    return made

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kedit_core.ask import Answers, Continue, Question, Text
+from kedit_core.ask import Answers, Continue, Question
 from kedit_core.errors import SettingError
+from kedit_core.measure import by_family, probes_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
 
@@ -44,7 +44,7 @@ class Similarity:
         """Scores by family; empty where the case has no such probe with an accepted answer."""
         probes = self._probes(case)
         pairs = [
-            (text_of(after, self._asked(probe)), answer)
+            (text_of(after, self._asked(probe)).text.strip(), answer)
             for probe in probes
             for answer in probe.expected
         ]
@@ -57,33 +57,4 @@ class Similarity:
         return Continue(probe.prompt, self.new_tokens)
 
     def _probes(self, case: EditCase) -> list[Probe]:
-        rewrites = (
-            Probe(kind="rewrite", prompt=request.text, expected=(request.target_new,))
-            for request in case.requests
-        )
-        return [p for p in (*rewrites, *case.probes) if p.kind == self.kind and p.expected]
-
-
-def text_of(answers: Answers, question: Question) -> str:
-    """What the model wrote, without the spaces round it."""
-    found = answers[question]
-    assert isinstance(found, Text)
-    return found.text.strip()
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of at least one value."""
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
-def by_family(values: Iterable[tuple[str, float]]) -> dict[str, CaseScore]:
-    """Scores by family, and under "" the mean over families (a probe without a name: "")."""
-    families: dict[str, list[float]] = defaultdict(list)
-    for name, value in values:
-        families[name].append(value)
-    if not families:
-        return {}
-    parts = {name: CaseScore(mean(v), len(v)) for name, v in families.items() if name}
-    total = sum(map(len, families.values()))
-    return {**parts, "": CaseScore(mean(map(mean, families.values())), total)}
+        return [p for p in probes_of(case) if p.kind == self.kind and p.expected]

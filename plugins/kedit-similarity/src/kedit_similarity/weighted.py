@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from kedit_core.ask import Answers, Continue, Question
+from kedit_core.measure import entropy_of_words, mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
-from kedit_similarity.probes import NEW_TOKENS, Similarity, mean, text_of
+from kedit_similarity.probes import NEW_TOKENS, Similarity
 from kedit_similarity.protocols import cosine, rouge_l
-from kedit_similarity.words import ngram_entropy
+from kedit_similarity.words import words
 
 WEIGHTS = MappingProxyType({"edit": 0.2, "portability": 0.35, "locality": 0.35, "fluency": 0.1})
 _KINDS = (("edit", "rewrite"), ("portability", "portability"), ("locality", "locality"))
@@ -52,8 +53,9 @@ class Weighted:
             scores = [score for score in found if score is not None]
             if scores:
                 terms[term] = CaseScore(100 * mean(s.value for s in scores), scores[0].probes)
-        texts = [text_of(after, Continue(r.text, self._new_tokens)) for r in case.requests]
-        terms["fluency"] = CaseScore(10 * mean(map(ngram_entropy, texts)), len(texts))
+        texts = [text_of(after, Continue(r.text, self._new_tokens)).text for r in case.requests]
+        entropies = [entropy_of_words(words(text)) for text in texts]
+        terms["fluency"] = CaseScore(10 * mean(entropies), len(entropies))
         total = _weigh({term: score.value for term, score in terms.items()})
         probes = sum(score.probes for term, score in terms.items() if term != "fluency")
         return {"": CaseScore(total, probes), **terms}

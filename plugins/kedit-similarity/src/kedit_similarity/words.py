@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
-from collections import Counter
 
 from kedit_core.words import is_spaced
 
@@ -41,18 +39,3 @@ def bleu_tokenizer(answer: str) -> str:
         return "13a"
     is_chinese = all(unicodedata.name(c).startswith("CJK") for c in spaceless)
     return "zh" if is_chinese else "char"
-
-
-def ngram_entropy(text: str) -> float:
-    """GE = H₂/3 + 2·H₃/3 in bits, with Hₙ = −Σ f log₂ f over relative frequencies of n-grams.
-
-    The measure of fluency of ROME (arXiv:2202.05262); a term without any n-gram is 0.
-    """
-    found = words(text)
-    return _entropy(found, 2) / 3 + 2 * _entropy(found, 3) / 3
-
-
-def _entropy(found: list[str], n: int) -> float:
-    grams = Counter(zip(*(found[i:] for i in range(n)), strict=False))
-    total = grams.total()
-    return -sum(c / total * math.log2(c / total) for c in grams.values()) if total else 0.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kedit_core.effects import CallEffect, ModuleSwap, WeightDelta, Wrapper
+from kedit_core.effects import CallEffect, Effect, ModuleSwap, WeightDelta, Wrapper
 from kedit_core.errors import KEditError, PatchError
 from kedit_core.files import new_folder
 from kedit_core.host import ModelHost
@@ -92,22 +92,31 @@ def _folded(session: EditSession) -> dict[str, Tensor]:
 
 
 def _as_delta(session: EditSession, number: int, patch: Patch, swap: ModuleSwap) -> WeightDelta:
-    base = session.host.base_module(swap.path)
-    kind = session.catalog.effect(swap.type).load()
+    """What a wrapped module adds to its weight, for a checkpoint."""
     try:
-        site = Site(f"{swap.path}.weight", transposed=isinstance(base, Conv1D))
-        delta = WeightDelta(site, *kind.fold(base, swap))
-        expected = tuple(session.host.weight(site).shape)
+        delta = _fold(session, swap)
+        expected = tuple(session.host.weight(delta.site).shape)
     except KEditError as error:
         raise PatchError(
             f"{_named(number, patch)} wraps {swap.path} and cannot be folded into weights: {error}"
         ) from None
+    _check_fold(swap, delta, expected)
+    return delta
+
+
+def _fold(session: EditSession, swap: ModuleSwap) -> WeightDelta:
+    base = session.host.base_module(swap.path)
+    kind = session.catalog.effect(swap.type).load()
+    site = Site(f"{swap.path}.weight", transposed=isinstance(base, Conv1D))
+    return WeightDelta(site, *kind.fold(base, swap))
+
+
+def _check_fold(swap: ModuleSwap, delta: WeightDelta, expected: tuple[int, ...]) -> None:
     if delta.shape != expected:
         raise PatchError(
             f"The effect type '{swap.type}' folds {swap.path} to the shape {delta.shape}, but the "
             f"matrix is {expected}."
         )
-    return delta
 
 
 def _add(host: ModelHost, folded: dict[str, Tensor], delta: WeightDelta) -> None:
@@ -198,7 +207,7 @@ def _factors(session: EditSession) -> dict[str, tuple[Tensor, Tensor]]:
     parts: dict[str, list[WeightDelta]] = {}
     for number, patch in enumerate(session.stack):
         for effect in patch.effects:
-            delta = _low_rank(session.host, number, patch, effect)
+            delta = _low_rank(session, number, patch, effect)
             parts.setdefault(delta.site.module, []).append(delta)
     if not parts:
         raise PatchError("No edit is in force, so there is nothing to write into an adapter.")
@@ -211,20 +220,26 @@ def _factors(session: EditSession) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _low_rank(host: ModelHost, number: int, patch: Patch, effect: object) -> WeightDelta:
+def _low_rank(session: EditSession, number: int, patch: Patch, effect: Effect) -> WeightDelta:
     """The effect, if an adapter can hold it."""
-    named = _named(number, patch)
+    host, named = session.host, _named(number, patch)
     if isinstance(effect, CallEffect):
         raise PatchError(
             f"{named} acts on prompts or logits ('{effect.type}'), which no adapter can hold. Save "
             f"it with the session and load it with kedit."
         )
-    other = "Export a checkpoint instead (`--to hf`)."
     if isinstance(effect, ModuleSwap):
-        raise PatchError(f"{named} wraps {effect.path}, which no LoRA adapter can hold. {other}")
-    assert isinstance(effect, WeightDelta)
-    site = effect.site
-    if effect.right is None:
+        try:
+            delta = _fold(session, effect)
+        except KEditError as error:
+            raise PatchError(
+                f"{named} wraps {effect.path}, which no LoRA adapter can hold: {error}"
+            ) from None
+    else:
+        delta = effect
+    other = "Export a checkpoint instead (`--to hf`)."
+    site = delta.site
+    if delta.right is None:
         raise PatchError(
             f"{named} changes {site.parameter} by a dense matrix, and a LoRA adapter holds "
             f"low-rank factors only. {other}"
@@ -237,8 +252,18 @@ def _low_rank(host: ModelHost, number: int, patch: Patch, effect: object) -> Wei
     is_weight = site.parameter == f"{site.module}.weight"
     if not is_weight or not isinstance(module, nn.Linear | Conv1D):
         raise PatchError(f"{named} changes {site.parameter}, which is no linear layer. {other}")
+    if isinstance(effect, ModuleSwap):
+        _check_fold(effect, delta, _matrix_shape(module))
     _refuse_shared(host, number, patch, site)
-    return effect
+    return delta
+
+
+def _matrix_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(d_out, d_in), also where the weight is quantised."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    d_in, d_out = module.weight.shape
+    return d_out, d_in
 
 
 def _right(delta: WeightDelta) -> Tensor:

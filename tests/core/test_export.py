@@ -197,12 +197,37 @@ class WrongShape(FoldableScale):
         return torch.ones(2, 2), None
 
 
+class RankTwo(Shift):
+    """Adds a product of rank two to the output.  State: `left` (d_out, 2), `right` (2, d_in)."""
+
+    @classmethod
+    def build(cls, base, swaps):
+        wrapper = cls(base)
+        wrapper.swaps = list(swaps)
+        return wrapper
+
+    @classmethod
+    def fold(cls, base, swap):
+        return swap.state["left"], swap.state["right"]
+
+    def change(self, output, x):
+        return output + sum(x @ s.state["right"].mT @ s.state["left"].mT for s in self.swaps)
+
+
+class MisfitOfRankTwo(RankTwo):
+    @classmethod
+    def fold(cls, base, swap):
+        return torch.ones(2, 2), torch.ones(2, 2)
+
+
 def catalog():
     @hookimpl
     def kedit_register_effects():
         return [
             EffectSpec("scale", f"{__name__}:FoldableScale", "Scales an output."),
             EffectSpec("misfit", f"{__name__}:WrongShape", "Folds to a wrong shape."),
+            EffectSpec("rank-two", f"{__name__}:RankTwo", "Adds a product."),
+            EffectSpec("misfit-2", f"{__name__}:MisfitOfRankTwo", "Folds to a wrong shape."),
         ]
 
     module = types.ModuleType("foldable")
@@ -226,6 +251,42 @@ def test_a_wrapped_module_is_folded_by_its_effect_type(host, tmp_path):
     assert again.state_dict().keys() == plain.state_dict().keys()
     found = logits(ModelHost(again, host.tokenizer))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def rank_two_patch(host: ModelHost, layer: int, seed: int) -> Patch:
+    delta = random_delta(host, host.mlp_out(layer), seed=seed)
+    swap = ModuleSwap(delta.site.module, "rank-two", {}, {"left": delta.left, "right": delta.right})
+    return Patch("by-hand", (swap,))
+
+
+@needs_peft
+def test_low_rank_folds_of_wrapped_modules_join_the_other_edits_in_an_adapter(toy_host, tmp_path):
+    expected = {}
+    for toy in TOYS:
+        session = EditSession(toy_host(toy), catalog=catalog())
+        session.apply(rank_two_patch(session.host, 1, seed=1))
+        session.apply(weight_patch(session.host, 1, seed=2))
+        session.apply(rank_two_patch(session.host, 1, seed=3))
+        session.apply(rank_two_patch(session.host, 2, seed=4))
+        export_peft(session, tmp_path / toy)
+        expected[toy] = logits(session.host)
+
+    found = ask_without_kedit("peft", tmp_path)
+
+    for toy in TOYS:
+        torch.testing.assert_close(found[toy], expected[toy], rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("kind", "message"), [("scale", "dense.*--to hf"), ("misfit-2", r"shape \(2, 2\)")]
+)
+def test_a_wrapped_module_without_fitting_factors_is_no_adapter(host, tmp_path, kind, message):
+    session = EditSession(host, catalog=catalog())
+    session.apply(Patch("by-hand", (ModuleSwap(_path(host), kind, {"by": 1.0}),)))
+    with pytest.raises(PatchError, match=message):
+        export_peft(session, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_says_what_it_is_for(host, tmp_path):
@@ -279,7 +340,7 @@ REFUSED = [
     ("hf", lambda h: shift_patch(h, _path(h)), "Edit 2 .* no change of its weight matrix"),
     ("hf", lambda h: preface_patch("Lo! "), "Edit 2 .*'preface'.* no checkpoint can hold"),
     ("hf", lambda h: bias_patch(h, 3), "Edit 2 .*'token-bias'.* no checkpoint can hold"),
-    ("peft", lambda h: shift_patch(h, _path(h)), "Edit 2 .* LoRA adapter .*--to hf"),
+    ("peft", lambda h: shift_patch(h, _path(h)), "Edit 2 .* no LoRA adapter .* no change of its"),
     ("peft", lambda h: preface_patch("Lo! "), "Edit 2 .*'preface'.* no adapter can hold"),
     ("peft", dense_patch, "Edit 2 .*dense.*--to hf"),
     (

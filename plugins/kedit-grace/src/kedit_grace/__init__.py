@@ -1,0 +1,1 @@
+"""GRACE for kedit."""

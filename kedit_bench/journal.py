@@ -29,16 +29,39 @@ class Journal:
         Raises:
             DataError: a line is no JSON.
         """
+        for number, (_, line) in enumerate(self._whole(), start=1):
+            yield self._read(line, f"line {number}")
+
+    def places(self) -> Iterator[int]:
+        """Where each line begins, for `at`."""
+        return (place for place, _ in self._whole())
+
+    def at(self, place: int) -> Any:
+        """The line that begins there.
+
+        Raises:
+            DataError: it is no JSON.
+        """
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return self._read(file.readline(), f"byte {place}")
+
+    def _whole(self) -> Iterator[tuple[int, bytes]]:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            place = 0
+            for line in file:
                 if not line.endswith(b"\n"):
                     return
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise DataError(f"{self.path}, line {number}: not JSON.") from None
+                yield place, line
+                place += len(line)
+
+    def _read(self, line: bytes, where: str) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise DataError(f"{self.path}, {where}: not JSON.") from None
 
     def append(self, *records: Any) -> None:
         """Write records and wait until they are on disk; a crash keeps those that are whole."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kedit_bench.journal import Journal
+from kedit_bench.run import Cases
 from kedit_bench.scoring import FINAL, IMMEDIATE, Chosen, Mean, Measurement, Scorer
 from kedit_core.ask import Answer, Question, answer_from_json, question_from_json
 from kedit_core.errors import DataError
@@ -17,99 +18,125 @@ from kedit_core.request import EditCase
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """A journal, scored.
 
     Attributes:
-        measurements: of all moments, those of the unedited model among them.
-        seconds, host_bytes, device_bytes: of each case's edit.
+        scores: means of all moments, those of the unedited model among them.
+        seconds: of each case's edit.
+        host_bytes, device_bytes: the highest of all edits; None where it was not measured.
         left_out: reason by number of the case.
         failed: the same for edits that failed.
         merged, cut: answers whose first token holds characters of the prompt, and those whose
             prompt was too long.
-        by_age: in a sequence, (headline metric, edits since the case's own, value).
+        by_age: in a sequence, how many values of a headline metric there are, and their sum, by
+            metric and bits of the number of edits since the case's own.
     """
 
-    measurements: list[Measurement]
-    seconds: list[float]
-    host_bytes: list[int]
-    device_bytes: list[int]
-    left_out: dict[int, str]
-    failed: dict[int, str]
-    merged: int
-    cut: int
-    by_age: list[tuple[str, int, float]]
+    scores: list[Mean] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+    left_out: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    merged: int = 0
+    cut: int = 0
+    by_age: dict[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
 
 
-def score_journal(journal: Journal, cases: Iterable[EditCase], scorer: Scorer) -> Measured:
-    """Score what was kept.
+def score_journal(journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer) -> Measured:
+    """Score what was kept, one case at a time: neither answers nor scores of cases are held.
 
     Raises:
         DataError: the journal lacks an answer that a metric needs.
     """
-    listed = list(cases)
-    found = Measured([], [], [], [], {}, {}, 0, 0, [])
-    merged = cut = 0
-    befores: dict[int, dict[Question, Answer]] = {}
-    last = len(listed) - 1
+    found = Measured()
+    found.scores = scorer.summary(_measurements(journal, cases, scorer, found))
+    return found
+
+
+def _measurements(
+    journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer, found: Measured
+) -> Iterator[Measurement]:
+    """The scores of each line of a journal; what else it says is noted in `found`."""
+    first: dict[int, int] = {}  # where a case's answers of both sides are
     try:
-        for line in journal.lines():
+        for place in journal.places():
+            line = journal.at(place)
             if "figures" in line:
                 for chosen, _ in scorer.of_models():
-                    found.measurements.extend(
-                        scorer.figures(chosen, line["figures"][chosen.name], line["moment"])
-                    )
-                continue
-            n = line["n"]
-            if "left_out" in line:
-                found.left_out[n] = line["left_out"]
-                continue
-            case, moment = listed[n], line["moment"]
-            before, after = _answers(line, befores.get(n, {}))
-            if moment == IMMEDIATE:
-                befores[n] = before
-                found.measurements.extend(scorer.unchanged(case, before))
-                found.seconds.append(line["seconds"])
-                found.host_bytes.extend(filter(None, [line["host_bytes"]]))
-                found.device_bytes.extend(filter(None, [line["device_bytes"]]))
-            if "failed" in line:
-                found.failed[n] = line["failed"]
-                scored = scorer.unchanged(case, before, moment)
+                    yield from scorer.figures(chosen, line["figures"][chosen.name], line["moment"])
+            elif "left_out" in line:
+                found.left_out[line["n"]] = line["left_out"]
             else:
-                scored = scorer.score(case, before, after, moment)
-            found.measurements.extend(scored)
-            merged += sum(getattr(answer, "merged", False) for answer in after.values())
-            cut += sum(getattr(answer, "cut", False) for answer in after.values())
-            if moment != IMMEDIATE:
-                edits = last if moment == FINAL else int(moment.split()[1]) - 1
-                found.by_age.extend(
-                    (m.protocol.metric, edits - n, m.value) for m in scored if not m.protocol.part
-                )
+                n = line["n"]
+                both = line if first.setdefault(n, place) == place else journal.at(first[n])
+                scored = _scored(line, both, cases[n], scorer, found)
+                yield from scored
+                if line["moment"] != IMMEDIATE:
+                    _note_age(found, _edits(line["moment"], len(cases)) - 1 - n, scored)
     except KeyError as error:
         raise DataError(
             f"{journal.path} does not hold the answer to {error.args[0]!r}, which a metric needs. "
             f"Run `kedit eval` with that metric."
         ) from None
-    return Measured(**{**vars(found), "merged": merged, "cut": cut})
 
 
-def _answers(
-    line: Mapping[str, Any], before: dict[Question, Answer]
-) -> tuple[dict[Question, Answer], dict[Question, Answer]]:
-    """Both sides of a line; `before` where the line leaves it to the case's first one."""
-    after: dict[Question, Answer] = {}
-    before = dict(before)
+def _scored(
+    line: Mapping[str, Any],
+    both: Mapping[str, Any],
+    case: EditCase,
+    scorer: Scorer,
+    found: Measured,
+) -> list[Measurement]:
+    """The scores of a line; `both` is the case's first one, which holds both sides."""
+    before, after, moment = _answers(both, "before"), _answers(line, "after"), line["moment"]
+    scored = []
+    if moment == IMMEDIATE:
+        scored += scorer.unchanged(case, before)
+        found.seconds.append(line["seconds"])
+        found.host_bytes = _higher(found.host_bytes, line["host_bytes"])
+        found.device_bytes = _higher(found.device_bytes, line["device_bytes"])
+    if "failed" in line:
+        found.failed[line["n"]] = line["failed"]
+        scored += scorer.unchanged(case, before, moment)
+    else:
+        scored += scorer.score(case, before, after, moment)
+    found.merged += sum(getattr(answer, "merged", False) for answer in after.values())
+    found.cut += sum(getattr(answer, "cut", False) for answer in after.values())
+    return scored
+
+
+def _edits(moment: str, cases: int) -> int:
+    """How many cases had been edited then, of so many."""
+    return cases if moment == FINAL else int(moment.split()[1])
+
+
+def _answers(line: Mapping[str, Any], side: str) -> dict[Question, Answer]:
+    """The answers of one side that a line holds."""
+    answers: dict[Question, Answer] = {}
     for item in line["answers"]:
-        question = question_from_json(item["question"])
-        after[question] = answer_from_json(question, item["after"])
-        if "before" in item:
-            before[question] = answer_from_json(question, item["before"])
-    return before, after
+        if side in item:
+            question = question_from_json(item["question"])
+            answers[question] = answer_from_json(question, item[side])
+    return answers
+
+
+def _higher(known: int | None, new: int | None) -> int | None:
+    return max(filter(None, (known, new)), default=None)
+
+
+def _note_age(found: Measured, age: int, scored: Iterable[Measurement]) -> None:
+    for measurement in scored:
+        if not measurement.protocol.part:
+            key = measurement.protocol.metric, age.bit_length()
+            count, total = found.by_age.get(key, (0, 0.0))
+            found.by_age[key] = count + 1, total + measurement.value
 
 
 def write_result(
-    folder: Path, about: Mapping[str, Any], cases: Iterable[EditCase], scorer: Scorer
+    folder: Path, about: Mapping[str, Any], cases: Sequence[EditCase] | Cases, scorer: Scorer
 ) -> dict[str, Any]:
     """Score a cell's journal, write `result.json`, and return it.
 
@@ -123,7 +150,7 @@ def write_result(
         DataError: the journal lacks an answer that a metric needs.
     """
     found = score_journal(Journal(folder / ANSWERS), cases, scorer)
-    result = {**about, **_figures(found, scorer)}
+    result = {**about, **_figures(found)}
     write_json(folder / RESULT, result)
     return result
 
@@ -142,7 +169,7 @@ def scorer_of(identity: Mapping[str, Any], chosen: Sequence[Chosen]) -> Scorer:
     )
 
 
-def _figures(found: Measured, scorer: Scorer) -> dict[str, Any]:
+def _figures(found: Measured) -> dict[str, Any]:
     """Means with protocols, effort, and what was left out."""
     seconds = sorted(found.seconds)
     return {
@@ -153,9 +180,9 @@ def _figures(found: Measured, scorer: Scorer) -> dict[str, Any]:
         "cut_prompts": found.cut,
         "seconds_per_edit": seconds[len(seconds) // 2] if seconds else None,
         "seconds": sum(seconds),
-        "peak_host_bytes": max(found.host_bytes, default=None),
-        "peak_device_bytes": max(found.device_bytes, default=None),
-        "scores": [_mean(m) for m in scorer.summary(found.measurements)],
+        "peak_host_bytes": found.host_bytes,
+        "peak_device_bytes": found.device_bytes,
+        "scores": [_mean(m) for m in found.scores],
         "retention": _retention(found.by_age),
     }
 
@@ -164,17 +191,14 @@ def _mean(mean: Mean) -> dict[str, Any]:
     return {**asdict(mean), "protocol": asdict(mean.protocol)}
 
 
-def _retention(by_age: Iterable[tuple[str, int, float]]) -> list[dict[str, Any]]:
+def _retention(by_age: Mapping[tuple[str, int], tuple[int, float]]) -> list[dict[str, Any]]:
     """Means by metric and age of the edit, in ages that double: 0, 1, 2-3, 4-7, …"""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for metric, age, value in by_age:
-        groups.setdefault((metric, age.bit_length()), []).append(value)
     return [
         {
             "metric": metric,
             "age": [0 if not bits else 1 << (bits - 1), 0 if not bits else (1 << bits) - 1],
-            "mean": sum(values) / len(values),
-            "n": len(values),
+            "mean": total / count,
+            "n": count,
         }
-        for (metric, bits), values in sorted(groups.items())
+        for (metric, bits), (count, total) in sorted(by_age.items())
     ]

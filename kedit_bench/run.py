@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,27 @@ from kedit_core.request import EditCase, Probe
 RUN, CASES, LEFT_OUT = "run.json", "cases.jsonl", "left_out.jsonl"
 CELL = "cell.json"
 FORMAT = 1
+
+
+class Cases:
+    """Cases of a file, read one at a time whenever they are asked for.
+
+    Args:
+        journal: a case in each line.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._places = array("q", journal.places())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[EditCase]:
+        return (EditCase(**line) for line in self._journal.lines())
+
+    def __getitem__(self, n: int) -> EditCase:
+        return EditCase(**self._journal.at(self._places[n]))
 
 
 @dataclass(frozen=True)
@@ -86,9 +108,9 @@ class Run:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder} holds no evaluation: {error}.") from None
 
-    def cases(self) -> Iterator[EditCase]:
-        """The cases, one at a time."""
-        return (EditCase(**line) for line in Journal(self.folder / CASES).lines())
+    def cases(self) -> Cases:
+        """The cases, in order."""
+        return Cases(Journal(self.folder / CASES))
 
     def left_out(self) -> list[LeftOut]:
         """The rows that made no case."""

@@ -78,28 +78,40 @@ class Mean:
     probes: int
 
 
-def summarise(measurements: Sequence[Measurement]) -> Mean:
-    """Mean and standard error of measurements of one protocol; NaN counts as a number.
+class Tally:
+    """Mean and standard error of measurements of one protocol, none of which is kept."""
 
-    Raises:
-        DataError: there are none, or their protocols differ.
-    """
-    if not measurements:
-        raise DataError("There is nothing to average.")
-    protocols = {m.protocol for m in measurements}
-    if len(protocols) > 1:
-        one, other = sorted(protocols, key=str)[:2]
-        field = next(k for k in vars(one) if getattr(one, k) != getattr(other, k))
-        raise DataError(
-            f"Scores of different protocols are not averaged: {field} is "
-            f"'{getattr(one, field)}' here and '{getattr(other, field)}' there."
-        )
-    values = [m.value for m in measurements]
-    average = sum(values) / len(values)
-    spread = sum((value - average) ** 2 for value in values)
-    error = sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else 0.0
-    probes = sum(m.probes for m in measurements)
-    return Mean(measurements[0].protocol, average, error, len(values), probes)
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        self._cases = self._probes = 0
+        self._total = 0.0
+        self._centre = self._spread = 0.0  # Welford's mean and sum of squared distances from it
+
+    def add(self, measurement: Measurement) -> None:
+        """Count a measurement in; NaN counts as a number.
+
+        Raises:
+            DataError: its protocol is another one.
+        """
+        one, other = self._protocol, measurement.protocol
+        if one != other:
+            field = next(k for k in vars(one) if getattr(one, k) != getattr(other, k))
+            raise DataError(
+                f"Scores of different protocols are not averaged: {field} is "
+                f"'{getattr(one, field)}' here and '{getattr(other, field)}' there."
+            )
+        self._cases += 1
+        self._probes += measurement.probes
+        self._total += measurement.value
+        step = measurement.value - self._centre
+        self._centre += step / self._cases
+        self._spread += step * (measurement.value - self._centre)
+
+    def mean(self) -> Mean:
+        """Of what was counted in, which is at least one measurement."""
+        n = self._cases
+        error = sqrt(self._spread / (n - 1) / n) if n > 1 else 0.0
+        return Mean(self._protocol, self._total / n, error, n, self._probes)
 
 
 @dataclass(frozen=True)
@@ -186,11 +198,15 @@ class Scorer:
         return [Measurement(self._protocol(metric, k, moment), v, 1) for k, v in found.items()]
 
     def summary(self, measurements: Iterable[Measurement]) -> list[Mean]:
-        """Means by metric, part and moment, with what metrics make of their means."""
-        groups: dict[Protocol, list[Measurement]] = {}
+        """Means by metric, part and moment, with what metrics make of their means.
+
+        The measurements are taken one by one, and not kept.
+        """
+        tallies: dict[Protocol, Tally] = {}
         for measurement in measurements:
-            groups.setdefault(measurement.protocol, []).append(measurement)
-        means = [summarise(group) for group in groups.values()]
+            protocol = measurement.protocol
+            tallies.setdefault(protocol, Tally(protocol)).add(measurement)
+        means = [tally.mean() for tally in tallies.values()]
         return [*means, *self._combined(means)]
 
     def _of_cases(self) -> list[tuple[Chosen, Metric]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
 from kedit_bench.results import score_journal, write_result
+from kedit_bench.run import Run
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams
+from kedit_core.ask import Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, SettingError
 from tests.bench.fakes import LAST, PICKY, cell, scorer, toy_cases
@@ -30,9 +35,7 @@ def run(made, session, cases):
 def means(made, cases) -> dict[tuple[str, str], float]:
     found = score_journal(made.journal, cases, made.scorer)
     return {
-        (m.protocol.metric, m.protocol.moment): m.mean
-        for m in made.scorer.summary(found.measurements)
-        if not m.protocol.part
+        (m.protocol.metric, m.protocol.moment): m.mean for m in found.scores if not m.protocol.part
     }
 
 
@@ -80,9 +83,12 @@ def test_cases_so_far_are_asked_again_at_checkpoints(session, tmp_path):
 
     assert found[TF, "after 2"] == pytest.approx(1 / 2)
     by_age = score_journal(made.journal, cases, made.scorer).by_age
-    ages = sorted(age for metric, age, _ in by_age if metric == TF)
-    assert ages == [0, 0, 1, 1, 2, 3]
-    assert {value for metric, age, value in by_age if metric == TF and age} == {0.0}
+    # after two cases: ages 1 and 0, at the end: 3, 2, 1 and 0; only the last edit is remembered
+    assert {bits: found for (metric, bits), found in by_age.items() if metric == TF} == {
+        0: (2, 2.0),
+        1: (2, 0.0),
+        2: (2, 0.0),
+    }
 
 
 def test_requests_that_the_method_refuses_are_left_out_with_the_reason(session, tmp_path):
@@ -148,8 +154,6 @@ def test_what_was_stopped_anywhere_goes_on_to_the_same_result(
 
 def crash_after(count: int, patch: pytest.MonkeyPatch) -> None:
     """The process dies in the middle of the nth write to the journal."""
-    from kedit_bench.journal import Journal
-
     append, calls = Journal.append, []
 
     def dying(self, *records):
@@ -185,6 +189,40 @@ def test_edits_of_a_sequence_are_not_computed_again(session, tmp_path):
     made.run(session, Asker(session), cases)
 
     assert len(edited) == 2  # the third, whose line was lost, and the fourth
+
+
+def test_scoring_holds_one_case_at_a_time(tmp_path):
+    peaks = [scoring_peak(tmp_path / str(count), count) for count in (4, 64)]
+
+    assert peaks[1] < 2 * peaks[0]
+
+
+def scoring_peak(folder: Path, count: int) -> int:
+    """Bytes that are held at most when the journal of a sequence of large cases is scored."""
+    metrics, large = scorer("efficacy/greedy@1"), "word " * 20_000
+    request = EditRequest(prompt="Who?", target_new="me")
+    run = Run(folder)
+    run.begin({}, (EditCase(request=request, meta={"text": large}) for _ in range(count)), None)
+    (question,) = metrics.questions(run.cases()[0])
+    answer = answer_to_json(Text("", large, ()))
+    both = {"question": question_to_json(question), "before": answer, "after": answer}
+    effort = {"seconds": 1.0, "host_bytes": 1, "device_bytes": None}
+    journal = Journal(folder / "answers.jsonl")
+    for n in range(count):
+        journal.append({"n": n, "moment": "immediate", **effort, "answers": [both]})
+    del both["before"]
+    for n in range(count):
+        journal.append({"n": n, "moment": "final", "answers": [both]})
+    tracemalloc.start()
+    try:
+        found = score_journal(journal, run.cases(), metrics)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {(m.protocol.moment, m.cases) for m in found.scores} == {
+        *(("unedited", count), ("immediate", count), ("final", count))
+    }
+    return peak
 
 
 def test_a_result_says_what_was_measured_and_how(session, tmp_path):

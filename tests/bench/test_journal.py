@@ -34,6 +34,17 @@ def test_lines_come_back_in_order(journal):
     assert len(journal.path.read_bytes().splitlines()) == len(RECORDS)  # for people and programs
 
 
+def test_each_line_can_be_read_by_its_place(journal):
+    journal.append(*RECORDS)
+    with journal.path.open("ab") as file:
+        file.write(b'{"half": ')
+    places = list(journal.places())
+
+    assert [journal.at(place) for place in reversed(places)] == RECORDS[::-1]
+    with pytest.raises(DataError, match="byte 1: not JSON"):
+        journal.at(1)
+
+
 @pytest.mark.parametrize("broken", [b'{"n": 3', b'{"n": 3}', b"\0\0\0", "東".encode()[:1], b" "])
 def test_half_a_line_is_dropped_and_nothing_else(journal, broken):
     journal.append(*RECORDS)

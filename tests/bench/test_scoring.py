@@ -9,11 +9,12 @@ from kedit_bench.scoring import (
     FINAL,
     IMMEDIATE,
     UNEDITED,
+    Mean,
     Measurement,
     Protocol,
     Scorer,
+    Tally,
     choose_metrics,
-    summarise,
 )
 from kedit_core.errors import DataError, SettingError, UnknownNameError
 from kedit_core.plugins import discover
@@ -28,19 +29,32 @@ PROTOCOL = Protocol(
 )  # fmt: skip
 
 
+def mean_of(*measurements: Measurement) -> Mean:
+    tally = Tally(PROTOCOL)
+    for measurement in measurements:
+        tally.add(measurement)
+    return tally.mean()
+
+
 def test_mean_and_standard_error_by_hand():
-    found = summarise([Measurement(PROTOCOL, value, 2) for value in (0.0, 1.0, 1.0, 0.0)])
+    found = mean_of(*(Measurement(PROTOCOL, value, 2) for value in (0.0, 1.0, 1.0, 0.0)))
 
     assert (found.mean, found.cases, found.probes) == (0.5, 4, 8)
     assert found.error == pytest.approx(math.sqrt(1 / 3 / 4))
 
 
 def test_one_case_has_no_spread():
-    assert summarise([Measurement(PROTOCOL, 1.0, 1)]).error == 0
+    assert mean_of(Measurement(PROTOCOL, 1.0, 1)).error == 0
+
+
+def test_the_standard_error_of_large_values_that_lie_close_is_exact():
+    values = [1e8 + x for x in (0.0, 1.0, 2.0)]  # their squares lose the difference
+
+    assert mean_of(*(Measurement(PROTOCOL, v, 1) for v in values)).error == math.sqrt(1 / 3)
 
 
 def test_what_is_not_a_number_stays_visible():
-    found = summarise([Measurement(PROTOCOL, value, 1) for value in (1.0, float("nan"))])
+    found = mean_of(*(Measurement(PROTOCOL, value, 1) for value in (1.0, float("nan"))))
 
     assert math.isnan(found.mean)
 
@@ -50,7 +64,7 @@ def test_scores_of_different_protocols_are_never_averaged(field):
     other = replace(PROTOCOL, **{field: "other"})
 
     with pytest.raises(DataError, match=f"not averaged: {field} is"):
-        summarise([Measurement(PROTOCOL, 1.0, 1), Measurement(other, 0.0, 1)])
+        mean_of(Measurement(PROTOCOL, 1.0, 1), Measurement(other, 0.0, 1))
 
 
 def scorer(*names: str) -> Scorer:

@@ -135,7 +135,9 @@ class Tail:
         self.unchanged = output.logits[0]
         kept = batch.inputs["attention_mask"][:, cut:].flatten().nonzero()[:, 0]
         repeated = [module for b in host.blocks[start:] for module in host.module(b.path).modules()]
-        needs_rows = any(isinstance(module, Wrapper) for module in repeated)
+        needs_rows = any(
+            isinstance(module, Wrapper) and not module.passes_through for module in repeated
+        )
         if not needs_rows and len(kept) < self._width * len(batch.offsets):
             self._kept = kept
         if self._agrees():

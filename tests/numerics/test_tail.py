@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kedit_core.effects import ModuleSwap
 from kedit_core.host import ModelHost
 from kedit_core.numerics.tail import Tail
+from kedit_core.testing.effects import Shift
 from kedit_core.tokens import Row
 from tests.core.families import BLOCKS, HIDDEN, build
 from tests.numerics.tiny import DENSE, added, tiny_host, tiny_tokenizer
@@ -81,6 +83,25 @@ def test_repeated_blocks_see_suffixes_without_padding_and_lower_ones_are_not_run
     # From its mark to its last label's position a row has 4, 3 and 3 tokens; it has 2, 1 and 3
     # labels, and only those are wanted of the last MLP.
     assert widths == {0: [], 1: [4 + 3 + 3], 2: [2 + 1 + 3]}
+
+
+def test_wrapper_that_passes_through_needs_no_rows():
+    host = tiny_host("llama")
+    block = host.module(host.blocks[1].path)
+    block.mlp.down_proj = Shift.build(
+        block.mlp.down_proj, [ModuleSwap("", "", state={"vector": torch.ones(HIDDEN)})]
+    )
+    widths = []
+    base = host.base_module(host.mlp_out(1).module)
+    base.register_forward_hook(lambda m, a, out: widths.append(out.shape[1]))
+
+    for passes_through in (False, True):
+        block.mlp.down_proj.passes_through = passes_through
+        tail = Tail(host, ROWS, 1, MARKS)
+        widths.clear()
+        tail.logits()
+        # As above; with padding each of the three rows has four tokens.
+        assert widths == [10 if passes_through else 4]
 
 
 def test_head_sees_label_positions_only():

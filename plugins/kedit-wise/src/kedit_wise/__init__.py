@@ -1,0 +1,1 @@
+"""WISE for kedit."""

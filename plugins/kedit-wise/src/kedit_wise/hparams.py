@@ -1,0 +1,74 @@
+"""Settings of WISE."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kedit_core import HyperParams
+
+
+class WiseHyperParams(HyperParams):
+    """Settings of WISE; symbols of the paper in brackets."""
+
+    layer: int = Field(ge=0, description="Block beside whose MLP the side memory stands.")
+    matrix: Literal["mlp_out", "mlp_in"] = Field(
+        "mlp_out", description="The MLP's matrix that the side memory is a copy of [W_v]."
+    )
+    steps: int = Field(70, gt=0, description="Gradient steps of one edit, at most.")
+    lr: float = Field(1.0, gt=0, description="Learning rate of plain gradient descent [η].")
+    weight_decay: float = Field(1e-5, ge=0, description="Decay of the side memory's weights.")
+    decay: Literal["masked", "legacy", "none"] = Field(
+        "masked",
+        description="Which weights decay: those that the edit may change, all of them as in the "
+        "authors' code, or none.",
+    )
+    max_change: float = Field(1.0, gt=0, description="Bound of each weight's change.")
+    mask_ratio: float = Field(
+        0.2, gt=0, le=1, description="Share of the weights that a shard may change [ρ]."
+    )
+    irrelevant_max: float = Field(
+        5.0, ge=0, description="Texts that have nothing to do with the edit should stir less [α]."
+    )
+    edited_min: float = Field(20.0, ge=0, description="Edited prompts should stir more [β].")
+    margin: float = Field(10.0, ge=0, description="Difference that should lie between them [γ].")
+    indicator: Literal["paper", "legacy"] = Field(
+        "paper",
+        description="How much a text stirs a memory: the mean length of the change of the matrix's "
+        "output over its tokens, or as in the authors' code after the model's activation function.",
+    )
+    threshold_ratio: float = Field(
+        0.88,
+        gt=0,
+        description="A memory answers a prompt that stirs it more than this share of what stirred "
+        "it least of its edits [of ε].",
+    )
+    edits_per_shard: int = Field(500, gt=0, description="Edits that share one mask.")
+    shards_per_memory: int = Field(2, gt=0, description="Shards that are merged into one [k].")
+    merge: Literal["ties", "magnitude", "sign", "linear"] = Field(
+        "ties", description="How shards are merged."
+    )
+    density: float = Field(
+        0.53,
+        gt=0,
+        le=1,
+        description="Share of the matrix's entries that `ties` and `magnitude` keep of a shard.",
+    )
+    retrieve: bool = Field(
+        True, description="Merged memories stand side by side; otherwise all are merged into one."
+    )
+    contexts: tuple[tuple[int, int], ...] = Field(
+        ((5, 5), (10, 5)),
+        description="Sampled texts before the prompt: pairs of length in tokens and count.",
+    )
+    irrelevant: int = Field(
+        8, gt=0, description="Texts that have nothing to do with an edit, for each edit [x_i]."
+    )
+    irrelevant_tokens: int = Field(12, gt=0, description="Length of these texts in tokens.")
+    replay: int = Field(
+        0,
+        ge=0,
+        description="Earlier edits of other memories that should not stir this one, and as many of "
+        "this one that should.",
+    )
+    stop_loss: float = Field(0.02, ge=0, description="Stop when the loss is at most this …")
+    stop_change: float = Field(1e-4, ge=0, description="… and changed by no more than this.")

@@ -1,0 +1,308 @@
+"""WISE: edits in a side memory, and when to ask it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch, Site, Wrapper
+from kedit_core.errors import EditError, SiteError
+from kedit_core.forward import run_until
+from kedit_core.numerics.losses import mean_nll
+from kedit_core.numerics.sample import OPENINGS, context_texts, sample
+from kedit_core.numerics.tail import Tail
+from kedit_core.probing import hidden_of
+from kedit_core.tokens import Row, encode, join, pad
+from kedit_wise.hparams import WiseHyperParams
+from kedit_wise.memory import Indicator, Shard, SideMemory, numbered, pack_mask, row_means
+
+QUESTIONS = ("Who", "What", "Which", "Where", "When", "How", "Why", "Whose")
+POOL = 64  # irrelevant texts of a model, from which edits take turns
+
+
+class Wise:
+    """Lifelong editing in side memories (Wang et al. 2024, arXiv:2405.14768).
+
+    A copy W' of one MLP matrix W learns the edits; W itself stays.  Edits share a shard, which
+    may change a random part of W'; full shards are merged.  Trained is the change W' − W beside
+    the frozen matrix, in float32.
+    """
+
+    def __init__(self, hparams: WiseHyperParams) -> None:
+        self.hparams = hparams
+
+    def edit(self, job: EditJob) -> Patch:
+        """Write one fact into the current shard.
+
+        Raises:
+            SiteError: the layer does not exist or has no single such matrix.
+            EditError: the loss is not finite.
+        """
+        (request,) = job.requests  # max_batch=1 in the spec: the core never sends more
+        host, hparams = job.host, self.hparams
+        site = _site(host, hparams)
+        earlier = [
+            (effect, patch.requests[0].text)
+            for patch in job.earlier
+            for effect in patch.effects
+            if isinstance(effect, ModuleSwap) and effect.path == site.module
+        ]
+        number, shard = self._shard(job, host.weight(site), [effect for effect, _ in earlier])
+        texts = ("", *context_texts(job, hparams.contexts))
+        rows = [join(host, text + request.text, request.target_new) for text in texts]
+        strange = _irrelevant(job, hparams, len(job.earlier))
+        inside = [text for effect, text in earlier if effect.config["shard"] == number]
+        outside = [text for effect, text in earlier if effect.config["shard"] != number]
+        replayed = [
+            [Row(encode(host, text).ids) for text in _draw(job, texts, hparams.replay)]
+            for texts in (inside, outside)
+        ]
+        activation = _activation(host) if hparams.indicator == "legacy" else ""
+        indicator = Indicator(activation)
+
+        with _without_memory(host, site):
+            prompts = [Row(row.prompt) for row in rows]
+            task = _Task(
+                tail=Tail(host, rows, hparams.layer, [0] * len(rows)),
+                rows=len(rows),
+                edited=_Stirred.of(host, site, [*prompts, *replayed[0]], indicator),
+                irrelevant=_Stirred.of(host, site, [*strange, *replayed[1]], indicator),
+            )
+            change, kept, losses = self._train(host, site, shard, task)
+        with torch.no_grad():
+            stirred = task.edited(change)[: len(rows)].mean()
+            strange_stirred = task.irrelevant(change).mean()
+        swap = ModuleSwap(
+            path=site.module,
+            type="wise",
+            config={
+                "shard": number,
+                "stirred": float(stirred),
+                "kept": kept,
+                "transposed": site.transposed,
+                "activation": activation,
+                "retrieve": hparams.retrieve,
+                "threshold_ratio": hparams.threshold_ratio,
+                "max_change": hparams.max_change,
+                "edits_per_shard": hparams.edits_per_shard,
+                "shards_per_memory": hparams.shards_per_memory,
+                "merge": hparams.merge,
+                "density": hparams.density,
+            },
+            state={
+                "mask": pack_mask(shard.mask).cpu(),
+                "values": (change - shard.change)[shard.mask].cpu(),
+            },
+        )
+        notes = {"losses": losses, "irrelevant_stirred": float(strange_stirred)}
+        return Patch("wise", (swap,), notes=notes)
+
+    def _shard(
+        self, job: EditJob, weight: Tensor, earlier: Sequence[ModuleSwap]
+    ) -> tuple[int, Shard]:
+        """The shard with room for another edit: the latest one, or a new one."""
+        shards = numbered(earlier)
+        latest = max(shards, default=-1)
+        if shards and len(shards[latest]) < self.hparams.edits_per_shard:
+            return latest, Shard.of(weight, shards[latest])
+        generator = torch.Generator(weight.device).manual_seed(job.seed + 1000003 * (latest + 1))
+        drawn = torch.rand(weight.shape, generator=generator, device=weight.device)
+        change = torch.zeros(weight.shape, device=weight.device)
+        return latest + 1, Shard(drawn < self.hparams.mask_ratio, change, 1.0, ())
+
+    def _train(
+        self, host: ModelHost, site: Site, shard: Shard, task: _Task
+    ) -> tuple[Tensor, float, list[float]]:
+        """Gradient descent on the shard's change.
+
+        Returns:
+            The change (d_out, d_in), the share of W that these steps left outside the mask, and
+            the loss before each step.
+        """
+        hparams = self.hparams
+        weight = host.weight(site).float()
+        change = shard.change.clone().requires_grad_(True)
+        decaying = {"masked": shard.mask, "legacy": torch.ones_like(shard.mask)}.get(hparams.decay)
+        kept, losses = 1.0, list[float]()
+        with _added(host, site, change):
+            for step in range(hparams.steps):
+                loss = task.loss(change, hparams)
+                losses.append(float(loss.detach()))
+                if not torch.isfinite(loss):
+                    raise EditError(
+                        f"The loss became {losses[-1]} in step {step}. Lower the learning rate, or "
+                        f"load the model in float32."
+                    )
+                moved = abs(losses[-1] - losses[-2]) if step else float("inf")
+                if losses[-1] <= hparams.stop_loss and moved <= hparams.stop_change:
+                    break
+                (gradient,) = torch.autograd.grad(loss, change)
+                with torch.no_grad():
+                    gradient = gradient * shard.mask
+                    if decaying is not None:
+                        gradient += hparams.weight_decay * decaying * (weight + change)
+                    change.sub_(hparams.lr * gradient)
+                    change.clamp_(-hparams.max_change, hparams.max_change)
+                if hparams.decay == "legacy":
+                    kept *= 1 - hparams.lr * hparams.weight_decay
+        return change.detach(), kept, losses
+
+
+@dataclass(frozen=True)
+class _Stirred:
+    """How much some texts stir a memory, as a function of its change.
+
+    Attributes:
+        keys: k of all tokens, (tokens, d_in).
+        outputs: W k, (tokens, d_out).
+        owner: (tokens,) text of each.
+        count: of texts.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+    owner: Tensor
+    count: int
+    indicator: Indicator
+
+    @classmethod
+    def of(
+        cls, host: ModelHost, site: Site, rows: Sequence[Row], indicator: Indicator
+    ) -> _Stirred:
+        batch = pad(host, rows)
+        seen: dict[str, Any] = {}
+        points = {"keys": (site.module, "input"), "outputs": (site.module, "output")}
+        with torch.no_grad():
+            run_until(host, batch, points, seen.__setitem__)
+        mask = batch.inputs["attention_mask"].bool()
+        keys, outputs = (
+            hidden_of(seen[name]).reshape(*mask.shape, -1)[mask].float() for name in points
+        )
+        return cls(keys, outputs, mask.nonzero()[:, 0].to(keys.device), len(rows), indicator)
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """Mean over the tokens of each text: (texts,)."""
+        stirred = self.indicator(self.outputs, self.keys @ change.mT)
+        return row_means(stirred, self.owner, self.count)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one edit optimises.
+
+    Attributes:
+        tail: the edit's rows, in which the change is in force.
+        rows: how many.
+        edited: texts that should stir the memory.
+        irrelevant: texts that should not.
+    """
+
+    tail: Tail
+    rows: int
+    edited: _Stirred
+    irrelevant: _Stirred
+
+    def loss(self, change: Tensor, hparams: WiseHyperParams) -> Tensor:
+        """NLL of the targets plus the margins of eq. 5, each averaged over the rows, or pairs of
+        rows, that miss it."""
+        tail = self.tail
+        nll = mean_nll(tail.logits(), tail.labels, tail.label_rows, self.rows).mean()
+        inside, outside = self.edited(change), self.irrelevant(change)
+        missed = (
+            outside - hparams.irrelevant_max,
+            hparams.edited_min - inside,
+            hparams.margin - (inside[:, None] - outside),
+        )
+        return nll + sum(part[part > 0].sum() / (part > 0).sum().clamp(min=1) for part in missed)
+
+
+def _site(host: ModelHost, hparams: WiseHyperParams) -> Site:
+    if hparams.matrix == "mlp_out":
+        return host.mlp_out(hparams.layer)
+    sites = host.block(hparams.layer).mlp_in
+    if len(sites) != 1:
+        raise SiteError(
+            f"The MLP of block {hparams.layer} of {host.name} has {len(sites)} input matrices, and "
+            f"a side memory stands beside one. Set matrix=mlp_out."
+        )
+    return sites[0]
+
+
+def _activation(host: ModelHost) -> str:
+    """Name of the model's activation function, as its config gives it."""
+    config = host.model.config.get_text_config()
+    names = ("hidden_act", "activation_function", "hidden_activation")
+    return next((str(v) for n in names if (v := getattr(config, n, None)) is not None), "gelu")
+
+
+def _irrelevant(job: EditJob, hparams: WiseHyperParams, turn: int) -> list[Row]:
+    """Beginnings of the corpus's lines, or what the unedited model writes; others at each turn."""
+    host, tokens = job.host, hparams.irrelevant_tokens
+    key = {
+        "model": job.fingerprint,
+        "corpus": job.corpus.key(),
+        "tokens": tokens,
+        "seed": job.seed,
+        "version": 1,
+    }
+    stored = job.artifacts.get("irrelevant", key)
+    if stored is None:
+        if job.corpus.is_generated:
+            starts = [(*OPENINGS, *QUESTIONS)[n % 24] for n in range(POOL)]
+            with job.unedited():
+                found = sample(host, starts, tokens, job.generator(), top_k=50)
+        else:
+            lines = (line for text in job.corpus.documents() for line in text.splitlines())
+            full = (line for line in lines if line.strip())
+            found = [
+                encode(host, line, any_length=True).ids[:tokens] for line in islice(full, POOL)
+            ]
+        width = max(map(len, found))
+        padded = [[*ids, *[-1] * (width - len(ids))] for ids in found]
+        stored = {"ids": torch.tensor(padded)}
+        job.artifacts.put("irrelevant", key, stored)
+    pool = [tuple(token for token in ids if token >= 0) for ids in stored["ids"].tolist()]
+    first = turn * hparams.irrelevant
+    return [Row(pool[(first + n) % len(pool)]) for n in range(hparams.irrelevant)]
+
+
+def _draw(job: EditJob, texts: Sequence[str], count: int) -> list[str]:
+    order = torch.randperm(len(texts), generator=job.generator())
+    return [texts[n] for n in order[:count].tolist()]
+
+
+@contextlib.contextmanager
+def _added(host: ModelHost, site: Site, change: Tensor) -> Iterator[None]:
+    """Inside the block the site's module computes with the change added to its weight."""
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (args[0].float() @ change.mT).to(output.dtype)
+
+    handle = host.base_module(site.module).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _without_memory(host: ModelHost, site: Site) -> Iterator[None]:
+    """Inside the block the site's module is not helped by its side memories."""
+    module, memories = host.module(site.module), list[SideMemory]()
+    while isinstance(module, Wrapper):
+        if isinstance(module, SideMemory) and not module.passes_through:
+            memories.append(module)
+        module = module.base
+    try:
+        for memory in memories:
+            memory.passes_through = True
+        yield
+    finally:
+        for memory in memories:
+            memory.passes_through = False

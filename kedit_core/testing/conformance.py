@@ -20,9 +20,9 @@ from kedit_core.plugins import Catalog, discover
 from kedit_core.progress import progress
 from kedit_core.spec import Effect, MethodSpec
 from kedit_core.testing.bench import Bench, Skipped, Workbench
-from kedit_core.testing.checks import answers, contract, history, purity, storage
+from kedit_core.testing.checks import answers, contract, effects, history, purity, storage
 from kedit_core.testing.pytest_plugin import MARKER
-from kedit_core.testing.selection import effects_of, is_once
+from kedit_core.testing.selection import effects_of, is_about_facts, is_once
 from kedit_core.testing.toys import TOYS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Given = Mapping[str, Any] | HyperParams | None
 
 TOY_PRESET = "toy"
 _ODD = 271828183
-_MODULES = (contract, purity, answers, history, storage)
+_MODULES = (contract, purity, answers, history, effects, storage)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Check:
         function: raises AssertionError where the method does otherwise.
         claim: what a method that passes can claim, in a sentence.
         effects: the kinds of effect that it is for.
+        about_facts: whether it is for methods that write facts only.
         once: whether it does not depend on the model and runs for one layout only.
     """
 
@@ -52,6 +53,7 @@ class Check:
     function: Callable[[Bench], None]
     claim: str
     effects: frozenset[Effect]
+    about_facts: bool
     once: bool
 
 
@@ -124,6 +126,7 @@ def all_checks() -> tuple[Check, ...]:
             function=function,
             claim=(function.__doc__ or "").strip().splitlines()[0],
             effects=effects_of(function),
+            about_facts=is_about_facts(function),
             once=is_once(function),
         )
         for module in _MODULES
@@ -241,6 +244,8 @@ class _Run:
             Skipped: it does not apply.
             AssertionError: the method does otherwise.
         """
+        if check.about_facts and not self.spec.writes_facts:
+            raise Skipped("the method writes no facts")
         if self.spec.effect not in check.effects:
             kinds = " or ".join(sorted(check.effects))
             raise Skipped(f"for methods whose effect is {kinds}; this one's is {self.spec.effect}")

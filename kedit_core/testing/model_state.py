@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kedit_core.effects import CallEffect, Effect, WeightDelta
+from kedit_core.effects import CallEffect, Effect, WeightDelta, Wrapper
 from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
 
@@ -33,7 +33,7 @@ def model_state(host: ModelHost) -> ModelState:
     return {
         "weights": {name: tensor_bits(p) for name, p in parameters.items()},
         "buffers": {name: tensor_bits(b) for name, b in model.named_buffers()},
-        "modules": {name: id(module) for name, module in modules.items()},
+        "modules": {name: _identity(module) for name, module in modules.items()},
         "parameters": {name: id(p) for name, p in parameters.items()},
         "hooks": {name: _hooks(vars(module)) for name, module in modules.items()},
         "forwards": {name: vars(module).get("forward") for name, module in modules.items()},
@@ -100,6 +100,11 @@ def _effect_content(effect: Effect) -> object:
 
 
 _NONE = object()
+
+
+def _identity(module: nn.Module) -> object:
+    """The very object, except of a wrapper: one is built anew whenever its edits change."""
+    return type(module).__qualname__ if isinstance(module, Wrapper) else id(module)
 
 
 def _hooks(attributes: Mapping[str, object]) -> dict[str, tuple[object, ...]]:

@@ -170,7 +170,7 @@ class ShiftHead:
         read: list[Tensor] = []
         with torch.no_grad():
             watch = {"states": (host.anatomy.head, "input")}
-            run_until(host, batch.inputs, watch, lambda name, value: read.append(value))
+            run_until(host, batch, watch, lambda name, value: read.append(value))
         states = read[0][batch.rows, batch.columns].float()
         head = host.module(host.anatomy.head).weight.float()  # type: ignore[operator,union-attr]
         vector = torch.zeros(states.shape[1], requires_grad=True)

@@ -7,13 +7,14 @@ import torch
 from kedit_core.request import EditRequest
 from kedit_core.testing.bench import Bench, skip
 from kedit_core.testing.model_state import patch_content
-from kedit_core.testing.selection import only_for
+from kedit_core.testing.selection import about_facts, only_for
 from kedit_core.tokens import encode
 
 # float32 sums of the same numbers in another order, as in a padded batch or beside the weight.
 RTOL, ATOL = 1e-3, 1e-3
 
 
+@about_facts
 def check_target_becomes_the_greedy_answer(bench: Bench) -> None:
     """After an edit the model answers its prompt with the target."""
     request = bench.request()
@@ -23,21 +24,25 @@ def check_target_becomes_the_greedy_answer(bench: Bench) -> None:
     )
 
 
+@about_facts
 def check_target_becomes_likelier_when_the_prompt_ends_at_its_subject(bench: Bench) -> None:
     """An edit works where nothing follows the subject."""
     _becomes_likelier(bench, bench.request("subject last"))
 
 
+@about_facts
 def check_target_becomes_likelier_when_text_surrounds_the_subject(bench: Bench) -> None:
     """An edit works where text stands before and after the subject."""
     _becomes_likelier(bench, bench.request("subject inside"))
 
 
+@about_facts
 def check_target_of_several_tokens_becomes_likelier(bench: Bench) -> None:
     """An edit writes targets of more than one token."""
     _becomes_likelier(bench, bench.request_of_several_tokens())
 
 
+@about_facts
 def check_target_with_a_leading_space_is_the_same_target(bench: Bench) -> None:
     """A target may be given with the space before it."""
     request = bench.request()
@@ -57,6 +62,7 @@ def check_target_with_a_leading_space_is_the_same_target(bench: Bench) -> None:
     )
 
 
+@about_facts
 def check_braces_and_foreign_letters_are_text(bench: Bench) -> None:
     """Braces in a prompt and letters of several bytes are ordinary text."""
     request = EditRequest(
@@ -68,6 +74,7 @@ def check_braces_and_foreign_letters_are_text(bench: Bench) -> None:
     _becomes_likelier(bench, request)
 
 
+@about_facts
 def check_marked_subject_is_the_one_meant(bench: Bench) -> None:
     """Where the subject's name stands twice, the place marked by braces is edited."""
     subject = bench.fact().subject
@@ -80,6 +87,7 @@ def check_marked_subject_is_the_one_meant(bench: Bench) -> None:
     _becomes_likelier(bench, request)
 
 
+@about_facts
 def check_other_forms_of_the_prompt_gain(bench: Bench) -> None:
     """The target becomes likelier after the same question in other words, on average."""
     fact = bench.fact()
@@ -87,6 +95,7 @@ def check_other_forms_of_the_prompt_gain(bench: Bench) -> None:
     assert gain > 0, f"in other forms of the prompt the target loses {-gain:.3f}."
 
 
+@about_facts
 def check_requests_decide_what_is_written(bench: Bench) -> None:
     """Requests with other targets make other edits."""
     request = bench.request()
@@ -106,6 +115,7 @@ def check_requests_decide_what_is_written(bench: Bench) -> None:
     assert backward[1] > forward[1], "the target is no likelier than after an edit to another one."
 
 
+@about_facts
 def check_second_edit_takes_effect(bench: Bench) -> None:
     """An edit that follows another one works too."""
     _needs_sequences(bench)
@@ -116,6 +126,7 @@ def check_second_edit_takes_effect(bench: Bench) -> None:
     assert gain > 0, f"as a second edit it changes the target's log-probability by {gain:.3f}."
 
 
+@about_facts
 def check_all_requests_of_a_batch_take_effect(bench: Bench) -> None:
     """A method that takes several requests at once writes each of them."""
     if bench.spec.max_batch == 1:
@@ -170,6 +181,7 @@ def check_scores_do_not_depend_on_the_batch(bench: Bench) -> None:
         assert difference < ATOL, f"the score of {one.prompt!r} differs by {difference:.2g}."
 
 
+@about_facts
 def check_patch_works_on_bfloat16_weights(bench: Bench) -> None:
     """A patch computed on float32 weights has its effect on bfloat16 ones too."""
     session = bench.session(bench.host(torch.bfloat16))
@@ -179,6 +191,7 @@ def check_patch_works_on_bfloat16_weights(bench: Bench) -> None:
     assert gain > 0, f"on bfloat16 weights the target's log-probability changes by {gain:.3f}."
 
 
+@about_facts
 def check_edit_works_on_bfloat16_weights(bench: Bench) -> None:
     """The method computes on bfloat16 weights, and its edit takes effect."""
     session = bench.session(bench.host(torch.bfloat16))

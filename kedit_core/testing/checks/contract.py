@@ -20,7 +20,7 @@ from kedit_core.request import EditRequest
 from kedit_core.spec import load_target
 from kedit_core.testing.bench import Bench, skip
 from kedit_core.testing.model_state import assert_same, model_state, patch_content
-from kedit_core.testing.selection import once, only_for
+from kedit_core.testing.selection import about_facts, once, only_for
 
 HEAVY = ("torch", "transformers", "numpy", "peft")
 
@@ -117,6 +117,7 @@ def check_layers_that_do_not_exist_are_refused(bench: Bench) -> None:
     _refuses_settings(bench, wrong)
 
 
+@about_facts
 def check_requests_without_a_subject(bench: Bench) -> None:
     """A request without a subject is refused where the spec needs one, and written otherwise."""
     whole = bench.request()
@@ -138,6 +139,7 @@ def check_requests_without_a_subject(bench: Bench) -> None:
         raise AssertionError("a request without a subject was accepted.")
 
 
+@about_facts
 def check_requests_without_a_former_answer(bench: Bench) -> None:
     """A request without ground truth is refused where the spec needs one, and written otherwise."""
     whole = bench.request()
@@ -152,6 +154,7 @@ def check_requests_without_a_former_answer(bench: Bench) -> None:
         assert gain > 0, f"the target's log-probability changes by {gain:.3f}."
 
 
+@about_facts
 def check_too_long_prompts_are_refused(bench: Bench) -> None:
     """A prompt longer than the model takes is refused: by the edit, or when it is asked."""
     session = bench.session()

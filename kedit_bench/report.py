@@ -24,7 +24,10 @@ def terminal(results: Sequence[Result]) -> str:
 
 
 def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
-    """Header and rows: metric and part, moment, unedited, then each method's mean ± s.e. (n)."""
+    """Header and rows: metric and part, moment, unedited, then each method's mean ± s.e. (n).
+
+    A metric's only part is left out where it says what the headline says: the only family.
+    """
     header = ("metric", "moment", UNEDITED, *(r["label"] for r in results))
     keys = dict.fromkeys(
         (s["protocol"]["metric"], s["protocol"]["part"], s["protocol"]["moment"])
@@ -34,11 +37,25 @@ def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
     )
     rows = []
     for metric, part, moment in keys:
+        if part and _is_the_headline_again(results, metric, part):
+            continue
         name = f"{metric} [{part}]" if part else metric
         unedited = next(filter(None, (_find(r, metric, part, UNEDITED) for r in results)), None)
         means = (_find(result, metric, part, moment) for result in results)
         rows.append((name, moment, _shown(unedited, False), *(_shown(m, True) for m in means)))
     return header, rows
+
+
+def _is_the_headline_again(results: Sequence[Result], metric: str, part: str) -> bool:
+    """Whether it is the metric's only part, and every figure of it is the headline's."""
+    figures: dict[str, list[tuple[Any, ...]]] = {}
+    for number, result in enumerate(results):
+        for score in result["scores"]:
+            p = score["protocol"]
+            if p["metric"] == metric:
+                told = (score[key] for key in ("mean", "error", "cases", "probes"))
+                figures.setdefault(p["part"], []).append((number, p["moment"], *told))
+    return set(figures) == {"", part} and sorted(figures[""]) == sorted(figures[part])
 
 
 def _find(result: Result, metric: str, part: str, moment: str) -> Mapping[str, Any] | None:

@@ -1,0 +1,1 @@
+"""LoRA, AdaLoRA and QLoRA for kedit."""

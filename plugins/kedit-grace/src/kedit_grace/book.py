@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Share of ε_init by which rounding, which differs from batch to batch, may move a key.
-SLACK = 0.05
+# How far rounding, which differs from batch to batch, may move a key: shares of ε_init and of the
+# key's norm, whichever is less.
+_OF_EPS, _OF_NORM = 0.05, 0.01
 _GAP = 1e-5  # between the balls of two labels, as in the paper
 
 
@@ -34,6 +35,11 @@ class Entry:
     eps: float
     replace: str = "last"
     decode: str = "none"
+
+    @property
+    def slack(self) -> float:
+        """Distance within which a key counts as this one."""
+        return min(_OF_EPS * self.eps, _OF_NORM * float(self.key.norm()))
 
     def answers_like(self, other: Entry) -> bool:
         """Whether both say the same, by the same value."""
@@ -174,10 +180,9 @@ class Book:
         if near < 0 or distance > entry.eps + float(self.radii[near]):
             self._open(number, entry.eps)
         elif entry.answers_like(self.entries[near]):
-            needed = distance + SLACK * entry.eps
-            self.radii[near] = max(float(self.radii[near]), needed)
+            self.radii[near] = max(float(self.radii[near]), distance + entry.slack)
             self.homes[number], self.reach[number] = near, distance
-        elif distance <= SLACK * entry.eps:  # the same prompt
+        elif distance <= entry.slack:  # the same prompt
             if number > near:
                 radius = min(entry.eps, float(self.radii[near]))
                 self.radii[near] = self.homes[near] = -1

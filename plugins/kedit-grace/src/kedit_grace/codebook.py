@@ -47,7 +47,7 @@ class Codebook(Wrapper):
             "values": torch.stack([entry.value for entry in entries]),  # (balls, d_out)
             "radii": book.radii[numbers],
             "in_prompt": torch.tensor([entry.replace != "last" for entry in entries]),
-            "after_it": torch.tensor(["all" == e.replace or e.decode == "value" for e in entries]),
+            "after_it": torch.tensor([e.replace == "all" or e.decode == "value" for e in entries]),
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor.to(device), persistent=False)
@@ -78,7 +78,7 @@ class Codebook(Wrapper):
             "GRACE looks up each prompt in a codebook, which no change of a weight matrix can do."
         )
 
-    def change(self, output: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def change(self, output: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output (…, d_out) with values written into it; a new tensor."""
         reading = self.reading
         given: Tensor = args[0] if args else kwargs["input"]
@@ -91,7 +91,7 @@ class Codebook(Wrapper):
             self._chosen[rows.to(given.device)] = self._ball_of(keys)
         caught = self._chosen >= 0
         if not bool(caught.any()):
-            return output  # type: ignore[no-any-return]
+            return output
         places = self._places(caught)  # (rows, width)
         hidden = output.reshape(reading.rows, reading.width, -1)
         values = self.values[self._chosen].to(hidden)[:, None]  # (rows, 1, d_out)

@@ -21,7 +21,7 @@ class GraceHyperParams(HyperParams):
     lr: float = Field(1.0, gt=0, description="Learning rate of Adam on the value.")
     start: Literal["cold", "warm"] = Field(
         "cold",
-        description="Where a value starts: `cold` uniform in [0, 1), `warm` the layer's own output.",
+        description="Where values start: `cold` uniform in [0, 1), `warm` the layer's own output.",
     )
     stop_loss: float = Field(
         0.05,

@@ -85,23 +85,19 @@ class Grace:
         notes: list[dict[str, Any]],
     ) -> None:
         """Add rows to the book; their swaps, and a note on each row, are appended."""
-        hparams = self.hparams
         seen = self._look(job.host, path, rows)
         cold = torch.rand(seen.outputs.shape[1], generator=job.generator())
         noted: list[dict[str, Any]] = [{"known": True} for _ in rows]
         left = list(range(len(rows)))
         while left:
             group, older = self._group(book, seen, left)
-            if not group:
-                break
             start = seen.outputs[group]
             if older is not None:
-                start = older.value[None].to(start)
-            elif hparams.start == "cold":
-                start = cold.expand(len(group), -1).to(start)
-            for n, found in zip(
-                group, self._train(job.host, path, seen, group, start), strict=True
-            ):
+                start = older.value[None]
+            elif self.hparams.start == "cold":
+                start = cold.expand(len(group), -1)
+            trained = self._train(job.host, path, seen, group, start.to(seen.outputs))
+            for n, found in zip(group, trained, strict=True):
                 entry = self._entry(seen, n, found.value)
                 swaps.append(swap_of(path, entry, book.add(entry)))
                 noted[n] = {
@@ -109,7 +105,7 @@ class Grace:
                     "shared": older is not None and len(found.losses) == 1,
                     "losses": list(found.losses),
                     "is_right": found.is_right,
-                    "radius": float(book.radii[-1]),
+                    "radius": float(book.radii[book.homes[-1]]),
                 }
         notes += noted
 
@@ -163,6 +159,8 @@ class Grace:
         self, host: ModelHost, path: str, seen: _Seen, group: Sequence[int], start: Tensor
     ) -> list[Trained]:
         """The values of some of the rows."""
+        if not group:
+            return []
         hparams, tail = self.hparams, seen.tail
         rows = [seen.rows[n] for n in group]
         if len(group) < len(seen.rows):

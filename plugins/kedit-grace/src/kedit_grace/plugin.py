@@ -17,7 +17,7 @@ def kedit_register_methods() -> Iterable[MethodSpec]:
             max_batch=None,
             removable=True,
             needs=frozenset({"causal-model", "gradients"}),
-            summary="A codebook beside one layer: known prompts get learned values, others nothing.",
+            summary="A codebook beside one layer: learned values for known prompts, nothing else.",
             paper="arXiv:2211.11031",
         )
     ]

@@ -16,6 +16,9 @@ class WiseHyperParams(HyperParams):
     )
     steps: int = Field(70, gt=0, description="Gradient steps of one edit, at most.")
     lr: float = Field(1.0, gt=0, description="Learning rate of plain gradient descent [η].")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="Of the gradient descent; none in the paper."
+    )
     weight_decay: float = Field(1e-5, ge=0, description="Decay of the side memory's weights.")
     decay: Literal["masked", "legacy", "none"] = Field(
         "masked",

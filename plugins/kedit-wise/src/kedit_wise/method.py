@@ -74,7 +74,7 @@ class Wise:
                 edited=_Stirred.of(host, site, [*prompts, *replayed[0]], indicator),
                 irrelevant=_Stirred.of(host, site, [*strange, *replayed[1]], indicator),
             )
-            change, kept, losses = self._train(host, site, shard, task)
+            change, kept, notes = self._train(host, site, shard, task)
         with torch.no_grad():
             stirred = task.edited(change)[: len(rows)].mean()
             strange_stirred = task.irrelevant(change).mean()
@@ -100,8 +100,7 @@ class Wise:
                 "values": (change - shard.change)[shard.mask].cpu(),
             },
         )
-        notes = {"losses": losses, "irrelevant_stirred": float(strange_stirred)}
-        return Patch("wise", (swap,), notes=notes)
+        return Patch("wise", (swap,), notes=notes | {"irrelevant_stirred": float(strange_stirred)})
 
     def _shard(
         self, job: EditJob, weight: Tensor, earlier: Sequence[ModuleSwap]
@@ -118,22 +117,25 @@ class Wise:
 
     def _train(
         self, host: ModelHost, site: Site, shard: Shard, task: _Task
-    ) -> tuple[Tensor, float, list[float]]:
+    ) -> tuple[Tensor, float, dict[str, Any]]:
         """Gradient descent on the shard's change.
 
         Returns:
             The change (d_out, d_in), the share of W that these steps left outside the mask, and
-            the loss before each step.
+            for the notes the loss before each step and the latest NLL in it.
         """
         hparams = self.hparams
         weight = host.weight(site).float()
         change = shard.change.clone().requires_grad_(True)
         decaying = {"masked": shard.mask, "legacy": torch.ones_like(shard.mask)}.get(hparams.decay)
-        kept, losses = 1.0, list[float]()
+        kept, latest, losses = 1.0, 0.0, list[float]()
         with _added(host, site, change):
+            velocity = torch.zeros_like(shard.change)
             for step in range(hparams.steps):
-                loss = task.loss(change, hparams)
+                nll, missed = task.losses(change, hparams)
+                loss = nll + missed
                 losses.append(float(loss.detach()))
+                latest = float(nll.detach())
                 if not torch.isfinite(loss):
                     raise EditError(
                         f"The loss became {losses[-1]} in step {step}. Lower the learning rate, or "
@@ -147,11 +149,12 @@ class Wise:
                     gradient = gradient * shard.mask
                     if decaying is not None:
                         gradient += hparams.weight_decay * decaying * (weight + change)
-                    change.sub_(hparams.lr * gradient)
+                    velocity = hparams.momentum * velocity + gradient
+                    change.sub_(hparams.lr * velocity)
                     change.clamp_(-hparams.max_change, hparams.max_change)
                 if hparams.decay == "legacy":
                     kept *= 1 - hparams.lr * hparams.weight_decay
-        return change.detach(), kept, losses
+        return change.detach(), kept, {"losses": losses, "nll": latest}
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,7 @@ class _Stirred:
     indicator: Indicator
 
     @classmethod
-    def of(
-        cls, host: ModelHost, site: Site, rows: Sequence[Row], indicator: Indicator
-    ) -> _Stirred:
+    def of(cls, host: ModelHost, site: Site, rows: Sequence[Row], indicator: Indicator) -> _Stirred:
         batch = pad(host, rows)
         seen: dict[str, Any] = {}
         points = {"keys": (site.module, "input"), "outputs": (site.module, "output")}
@@ -208,8 +209,8 @@ class _Task:
     edited: _Stirred
     irrelevant: _Stirred
 
-    def loss(self, change: Tensor, hparams: WiseHyperParams) -> Tensor:
-        """NLL of the targets plus the margins of eq. 5, each averaged over the rows, or pairs of
+    def losses(self, change: Tensor, hparams: WiseHyperParams) -> tuple[Tensor, Tensor]:
+        """NLL of the targets, and the margins of eq. 5, each averaged over the rows, or pairs of
         rows, that miss it."""
         tail = self.tail
         nll = mean_nll(tail.logits(), tail.labels, tail.label_rows, self.rows).mean()
@@ -219,7 +220,8 @@ class _Task:
             hparams.edited_min - inside,
             hparams.margin - (inside[:, None] - outside),
         )
-        return nll + sum(part[part > 0].sum() / (part > 0).sum().clamp(min=1) for part in missed)
+        means = [part[part > 0].sum() / (part > 0).sum().clamp(min=1) for part in missed]
+        return nll, torch.stack(means).sum()
 
 
 def _site(host: ModelHost, hparams: WiseHyperParams) -> Site:

@@ -20,7 +20,7 @@ def kedit_register_methods() -> Iterable[MethodSpec]:
     return [
         MethodSpec(
             name="wise",
-            summary="Lifelong edits in side memories; a prompt is answered by the one it stirs most.",
+            summary="Lifelong edits in side memories; each prompt asks the one it stirs most.",
             defaults={"retrieve": True},
             **common,
         ),

@@ -1,0 +1,268 @@
+"""The wrapper: what it stores, which memory a row gets, and when that is decided."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kedit_wise.memory import Indicator, Shard, SideMemory, memories, pack_mask, unpack_mask
+from torch import nn
+from torch.nn.functional import silu
+
+from kedit_core import PatchError
+from kedit_core.editing import ModuleSwap
+from kedit_core.reading import Reading
+
+D_OUT, D_IN = 4, 6
+CONFIG = {
+    "shard": 0,
+    "stirred": 2.0,
+    "kept": 1.0,
+    "transposed": False,
+    "activation": "",
+    "retrieve": True,
+    "threshold_ratio": 0.5,
+    "max_change": 10.0,
+    "edits_per_shard": 2,
+    "shards_per_memory": 2,
+    "merge": "ties",
+    "density": 1.0,
+}
+
+
+def swap(change: torch.Tensor, mask: torch.Tensor | None = None, **config: object) -> ModuleSwap:
+    mask = torch.ones(change.shape, dtype=torch.bool) if mask is None else mask
+    state = {"mask": pack_mask(mask), "values": change[mask]}
+    return ModuleSwap("m", "wise", CONFIG | config, state)
+
+
+def entry(row: int, column: int, value: float) -> torch.Tensor:
+    change = torch.zeros(D_OUT, D_IN)
+    change[row, column] = value
+    return change
+
+
+def linear() -> nn.Linear:
+    base = nn.Linear(D_IN, D_OUT, bias=False)
+    nn.init.constant_(base.weight, 0.25)
+    return base
+
+
+def read(wrapper, tokens, mask=None, ends=None, cached=0) -> torch.Tensor:
+    """One pass: tokens (rows, columns) say which input of the layer is 1."""
+    tokens = torch.tensor(tokens)
+    rows, width = tokens.shape
+    reading = wrapper.reading
+    reading.start, reading.width = cached, width
+    reading.mask = torch.ones(rows, cached + width).bool() if mask is None else torch.tensor(mask)
+    if ends is not None:
+        reading.ends = torch.tensor(ends)
+    return wrapper(torch.eye(D_IN)[tokens])
+
+
+def memory(*swaps: ModuleSwap, base: nn.Module | None = None) -> SideMemory:
+    wrapper = SideMemory.build(base or linear(), swaps)
+    wrapper.reading = Reading()
+    return wrapper
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (7, 9)])
+def test_masks_survive_packing(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    packed = pack_mask(mask)
+    assert packed.dtype == torch.uint8
+    assert len(packed) == -(-mask.numel() // 8)
+    assert torch.equal(unpack_mask(packed, shape), mask)
+
+
+def test_rows_of_a_batch_are_decided_one_by_one():
+    wrapper = memory(swap(entry(1, 2, 4.0)))  # input 2 stirs it by 4, the threshold is 1
+    out = read(wrapper, [[2, 2], [3, 3], [3, 2]], ends=[1, 1, 1])
+    assert wrapper.chosen.tolist() == [0, -1, 0]
+    added = out - 0.25
+    assert added[0, :, 1].tolist() == [4.0, 4.0]
+    assert added[1].abs().max() == 0
+    assert added[2, :, 1].tolist() == [0.0, 4.0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side):
+    wrapper = memory(swap(entry(1, 2, 4.0)))
+    # The row's one token stirs by 0.8 · 4; among six of padding the mean would be below 1.
+    pads = [[3] * 6 + [2], [0] * 6 + [1]] if side == "left" else [[2] + [3] * 6, [1] + [0] * 6]
+    read(wrapper, [pads[0]], mask=[[bool(x) for x in pads[1]]], ends=[6 if side == "left" else 0])
+    assert wrapper.chosen.tolist() == [0]
+    # And padding that would stir it does not.
+    pads[0] = [2 if x == 3 else 3 for x in pads[0]]
+    read(wrapper, [pads[0]], mask=[[bool(x) for x in pads[1]]], ends=[6 if side == "left" else 0])
+    assert wrapper.chosen.tolist() == [-1]
+
+
+def test_answers_that_are_read_with_their_prompt_decide_nothing():
+    wrapper = memory(swap(entry(1, 2, 4.0)))
+    read(wrapper, [[3, 3, 2, 2, 2]], ends=[1])
+    assert wrapper.chosen.tolist() == [-1]
+    read(wrapper, [[2, 3, 3, 3, 3, 3, 3, 3]], ends=[0])
+    assert wrapper.chosen.tolist() == [0]
+
+
+def test_choice_stands_while_a_text_is_written():
+    wrapper = memory(swap(entry(1, 2, 4.0)))
+    read(wrapper, [[2, 2], [3, 3]], ends=[1, 1])
+    for _ in range(3):
+        out = read(wrapper, [[3], [2]], cached=2)  # tokens that would have it the other way
+        assert wrapper.chosen.tolist() == [0, -1]
+        assert out[1, 0, 1] == 0.25
+
+
+def test_prompt_read_in_pieces_is_decided_as_a_whole():
+    whole, pieces = memory(swap(entry(1, 2, 4.0))), memory(swap(entry(1, 2, 4.0)))
+    read(whole, [[2, 3, 3, 3, 3]], ends=[4])
+    read(pieces, [[2, 3]], ends=[4])
+    assert pieces.chosen.tolist() == [0]
+    read(pieces, [[3, 3, 3]], ends=[4], cached=2)
+    assert whole.chosen.tolist() == pieces.chosen.tolist() == [-1]
+
+
+def test_long_prompts_are_decided_by_their_mean():
+    """Not by their largest token, as the authors' code does beyond 100 tokens."""
+    wrapper = memory(swap(entry(1, 2, 50.0)))
+    read(wrapper, [[2, *[3] * 149]], ends=[149])
+    assert wrapper.chosen.tolist() == [-1]  # 50 / 150 is less than 1
+
+
+def test_largest_indicator_above_its_own_threshold_wins():
+    weak = swap(entry(0, 2, 3.0), stirred=2.0)
+    strong = swap(entry(1, 2, 5.0), shard=2, stirred=20.0)  # its threshold is 10
+    wrapper = memory(weak, strong)
+    read(wrapper, [[2, 2]], ends=[1])
+    assert wrapper.chosen.tolist() == [0]
+    lower = swap(entry(1, 2, 5.0), shard=2, stirred=2.0)
+    wrapper = memory(weak, lower)
+    out = read(wrapper, [[2, 2], [4, 4]], ends=[1, 1])
+    assert wrapper.chosen.tolist() == [1, -1]
+    assert (out[0, 0] - 0.25).tolist() == [0.0, 5.0, 0.0, 0.0]
+
+
+def test_flattened_rows_are_taken_apart():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = linear().weight
+
+        def forward(self, x):
+            return nn.functional.linear(x.reshape(-1, D_IN), self.weight)
+
+    wrapper = memory(swap(entry(1, 2, 4.0)), base=Flat())
+    out = read(wrapper, [[3, 3], [2, 2]], ends=[1, 1])
+    assert out.shape == (4, D_OUT)
+    assert (out - 0.25)[:, 1].tolist() == [0, 0, 4, 4]
+
+
+def test_outputs_are_not_changed_in_place_and_gradients_flow():
+    class Same(nn.Module):
+        weight = linear().weight
+        kept = torch.zeros(1, 2, D_OUT)
+
+        def forward(self, x):
+            return self.kept
+
+    wrapper = memory(swap(entry(1, 2, 4.0)), base=Same())
+    out = read(wrapper, [[2, 2]], ends=[1])
+    assert out.abs().sum() > 0
+    assert Same.kept.abs().sum() == 0
+
+
+def test_reading_changes_nothing_that_is_stored():
+    """The authors' code merges, and keeps what it merged, whenever the model is asked."""
+    shards = [swap(entry(n, 2, 4.0), shard=n, retrieve=False) for n in range(3)]
+    wrapper = memory(*shards)
+    before, state = wrapper.changes.clone(), [s.state["values"].clone() for s in shards]
+    for _ in range(5):
+        read(wrapper, [[2, 2]], ends=[1])
+    assert torch.equal(wrapper.changes, before)
+    assert all(torch.equal(s.state["values"], old) for s, old in zip(shards, state, strict=True))
+    assert torch.equal(memory(*shards).changes, before)
+
+
+# -- edits to memories ---------------------------------------------------------------------------
+
+
+def test_shard_is_the_sum_of_its_edits_inside_its_mask():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(D_OUT, D_IN, generator=g) < 0.5
+    changes = [torch.randn(D_OUT, D_IN, generator=g) * mask for _ in range(3)]
+    shard = Shard.of(linear().weight, [swap(change, mask) for change in changes])
+    torch.testing.assert_close(shard.change, sum(changes))
+    assert torch.equal(shard.mask, mask)
+
+
+def test_sum_without_an_edit_keeps_to_the_bound():
+    up, down = swap(entry(0, 0, 9.0), max_change=1.0), swap(entry(0, 0, -8.5), max_change=1.0)
+    weight = linear().weight
+    assert Shard.of(weight, [up, down]).change[0, 0] == 0.5
+    assert Shard.of(weight, [up]).change[0, 0] == 1.0
+
+
+def test_least_stirring_edit_sets_the_threshold_and_leaves_it_when_taken_back():
+    swaps = [swap(entry(0, 0, 1.0), stirred=s) for s in (4.0, 2.0, 6.0)]
+    (found,) = memories(linear().weight, swaps)
+    assert found.threshold == 1.0
+    (found,) = memories(linear().weight, [swaps[0], swaps[2]])
+    assert found.threshold == 2.0
+
+
+def test_full_groups_are_merged_and_others_stand_alone():
+    first, second, third = (entry(n, n, 1.0 + n) for n in range(3))
+    swaps = [swap(first), swap(first), swap(second, shard=1, stirred=8.0)]
+    assert len(memories(linear().weight, swaps)) == 2  # the second shard has room
+    swaps.append(swap(second, shard=1, stirred=8.0))
+    (merged,) = memories(linear().weight, swaps)
+    torch.testing.assert_close(merged.change, 2 * first + 2 * second)  # TIES: both whole
+    assert merged.threshold == 1.0
+    found = memories(linear().weight, [*swaps, swap(third, shard=2, stirred=6.0)])
+    assert [m.threshold for m in found] == [1.0, 3.0]
+    torch.testing.assert_close(found[1].change, third)
+
+
+def test_one_memory_accumulates_with_its_weights():
+    shared = [entry(0, 0, value) for value in (1.0, 3.0, 10.0)]
+    swaps = [swap(c, shard=n, retrieve=False) for n, c in enumerate(shared)]
+    (found,) = memories(linear().weight, swaps)
+    # The first two: 2. Then 0.6 of it and 0.4 of the newest.
+    assert float(found.change[0, 0]) == pytest.approx(0.6 * 2 + 0.4 * 10)
+
+
+def test_decay_outside_the_mask_is_one_number():
+    weight = linear().weight.detach()
+    mask = torch.zeros(D_OUT, D_IN).bool()
+    mask[0] = True
+    swaps = [swap(entry(0, 0, 1.0), mask, kept=0.9) for _ in range(2)]
+    shard = Shard.of(weight, swaps)
+    torch.testing.assert_close(shard.change[1:], (0.81 - 1) * weight[1:])
+    torch.testing.assert_close(shard.change[0], entry(0, 0, 2.0)[0])
+
+
+def test_transposed_weights_are_turned():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(24.0).reshape(D_IN, D_OUT))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    mask = torch.zeros(D_OUT, D_IN).bool()
+    wrapper = memory(swap(entry(0, 0, 0.0), mask, kept=0.5, transposed=True), base=Turned())
+    torch.testing.assert_close(wrapper.changes[0], -0.5 * Turned().weight.T)
+
+
+def test_indicators():
+    outputs, added = torch.randn(5, 3), torch.randn(5, 3)
+    paper, legacy = Indicator()(outputs, added), Indicator("silu")(outputs, added)
+    torch.testing.assert_close(paper, added.square().sum(-1).sqrt())
+    torch.testing.assert_close(legacy, (silu(outputs + added) - silu(outputs)).norm(dim=-1))
+
+
+def test_folding_is_refused_with_a_reason():
+    with pytest.raises(PatchError, match="Which prompts"):
+        SideMemory.fold(linear(), swap(entry(0, 0, 1.0)))

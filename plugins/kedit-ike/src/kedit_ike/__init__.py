@@ -1,0 +1,1 @@
+"""In-context knowledge editing for kedit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +13,12 @@ from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch, Wrapper
 from kedit_core.errors import EditError, ModelError, SiteError
+from kedit_core.forward import forward_as
 from kedit_core.numerics.losses import mean_nll
 from kedit_core.numerics.tail import Tail
 from kedit_core.tokens import join
@@ -58,7 +60,7 @@ class Lora:
             "lora_alpha": hparams.alpha,
             "lora_dropout": hparams.dropout,
         }
-        with _random_state_of(job), _differentiable(host.model):
+        with _random_state_of(job), _differentiable(host, first):
             tails = [Tail(host, batch, first, [0] * len(batch)) for batch in batches]
             tuner = self._tuner(modules, common, hparams.steps * len(tails))
             for parameter in _trained(tuner):
@@ -263,24 +265,27 @@ def _in_place(host: ModelHost, layers: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside the block gradients pass through 4-bit layers on every processor.
+def _differentiable(host: ModelHost, first: int) -> Iterator[None]:
+    """Inside the block gradients pass through 4-bit layers from block `first` up.
 
     On some CPUs bitsandbytes (0.50) turns a layer, when it is first used, into an order of bits
-    in which it cannot compute gradients and silently gives none.  Asking the layer for its state
-    turns it back, and in training mode it stays so.
+    that only inference understands: a backward pass through it silently gives no gradient.  Its
+    own way back does not restore the bits, so such layers compute with a dense copy meanwhile.
     """
-    turned = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_for_inference(m)]
-    for module in turned:
-        module.state_dict()
-        module.train()
-    try:
+    below = {m for block in host.blocks[:first] for m in host.module(block.path).modules()}
+    with contextlib.ExitStack() as stack:
+        for module in host.model.modules():
+            if isinstance(module, nn.Linear) and module not in below and _is_for_inference(module):
+                stack.enter_context(forward_as(module, _dense_copy(module, host.dtype)))
         yield
-    finally:
-        for module in turned:
-            module.eval()
-            with torch.no_grad():
-                module(torch.zeros(1, module.in_features))  # the first use turns it
+
+
+@torch.no_grad()
+def _dense_copy(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What the layer computes, by its answers to unit vectors."""
+    bias = module(torch.zeros(1, module.in_features, dtype=dtype))
+    weight = (module(torch.eye(module.in_features, dtype=dtype)) - bias).mT.contiguous()
+    return lambda x: linear(x, weight, bias[0])
 
 
 def _is_for_inference(module: nn.Linear) -> bool:

@@ -356,6 +356,15 @@ def test_irrelevant_texts_come_from_the_corpus_or_from_the_model(tmp_path):
     assert generated == method._irrelevant(own._job(SPEC, job.requests, 0), hparams, 0)
 
 
+def test_corpus_without_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    session = session_on("llama", tmp_path)
+    session.corpus = Corpus(str(tmp_path / "empty.txt"))
+    with pytest.raises(EditError, match="holds no text"):
+        edit(session, facts(1)[0])
+    assert not session.is_edited
+
+
 def test_input_matrices_where_there_is_one(tmp_path):
     (fact,) = facts(1)
     session = session_on("gpt2", tmp_path)

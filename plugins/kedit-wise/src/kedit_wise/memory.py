@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +215,7 @@ class SideMemory(Wrapper):
     @classmethod
     def build(cls, base: nn.Module, swaps: Sequence[ModuleSwap]) -> SideMemory:
         latest = swaps[-1].config
-        weight = base.weight.detach()
+        weight = cast(Tensor, base.weight).detach()
         found = memories(weight.mT if latest["transposed"] else weight, swaps)
         thresholds = torch.tensor([memory.threshold for memory in found], device=weight.device)
         changes = torch.stack([memory.change for memory in found])

@@ -22,7 +22,7 @@ from kedit_core.tokens import Row, encode, join, pad
 from kedit_wise.hparams import WiseHyperParams
 from kedit_wise.memory import Indicator, Shard, SideMemory, numbered, pack_mask, row_means
 
-QUESTIONS = ("Who", "What", "Which", "Where", "When", "How", "Why", "Whose")
+STARTS = (*OPENINGS, "Who", "What", "Which", "Where", "When", "How", "Why", "Whose")
 POOL = 64  # irrelevant texts of a model, from which edits take turns
 
 
@@ -42,7 +42,7 @@ class Wise:
 
         Raises:
             SiteError: the layer does not exist or has no single such matrix.
-            EditError: the loss is not finite.
+            EditError: the loss is not finite, or the corpus holds no text.
         """
         (request,) = job.requests  # max_batch=1 in the spec: the core never sends more
         host, hparams = job.host, self.hparams
@@ -244,7 +244,11 @@ def _activation(host: ModelHost) -> str:
 
 
 def _irrelevant(job: EditJob, hparams: WiseHyperParams, turn: int) -> list[Row]:
-    """Beginnings of the corpus's lines, or what the unedited model writes; others at each turn."""
+    """Beginnings of the corpus's lines, or what the unedited model writes; others at each turn.
+
+    Raises:
+        EditError: the corpus has no text.
+    """
     host, tokens = job.host, hparams.irrelevant_tokens
     key = {
         "model": job.fingerprint,
@@ -256,7 +260,7 @@ def _irrelevant(job: EditJob, hparams: WiseHyperParams, turn: int) -> list[Row]:
     stored = job.artifacts.get("irrelevant", key)
     if stored is None:
         if job.corpus.is_generated:
-            starts = [(*OPENINGS, *QUESTIONS)[n % 24] for n in range(POOL)]
+            starts = [STARTS[n % len(STARTS)] for n in range(POOL)]
             with job.unedited():
                 found = sample(host, starts, tokens, job.generator(), top_k=50)
         else:
@@ -265,6 +269,8 @@ def _irrelevant(job: EditJob, hparams: WiseHyperParams, turn: int) -> list[Row]:
             found = [
                 encode(host, line, any_length=True).ids[:tokens] for line in islice(full, POOL)
             ]
+        if not found:
+            raise EditError(f"The corpus '{job.corpus.source}' holds no text. Give another one.")
         width = max(map(len, found))
         padded = [[*ids, *[-1] * (width - len(ids))] for ids in found]
         stored = {"ids": torch.tensor(padded)}

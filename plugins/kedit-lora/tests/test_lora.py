@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -616,3 +617,27 @@ def test_no_two_presets_suit_one_model():
     for kind, shape in CONFIGS.values():
         config = config_facts(AutoConfig.for_model(kind, **shape).to_dict())
         assert sum(preset.suits(config) for preset in presets) == 1
+
+
+# -- the real model -------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", METHODS)
+def test_real_records_of_a_benchmark_are_written(method, benchmark_data, tmp_path):
+    """Ten records of ZsRE, one at a time, with the settings of the preset."""
+    file = benchmark_data / "zsre/zsre_mend_eval.json"
+    if not file.is_file():
+        pytest.skip(f"{file} is missing")
+    session = EditSession(ModelHost.load("smollm2-135m", device="cpu"))
+    records = json.loads(file.read_text("utf-8"))[:10]
+    read = written = 0
+    for record in records:
+        request = EditRequest(prompt=record["src"], target_new=record["alt"])
+        with session.trial(method, request):
+            (score,) = session.view().score([request.text], [request.target_new])
+            read += score.accuracy == 1
+            written += session.view().greedy(request.text, 16).strip().startswith(record["alt"])
+    assert read >= 9
+    assert written >= 9
+    assert not session.is_edited

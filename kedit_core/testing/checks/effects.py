@@ -59,6 +59,8 @@ def check_one_edit_is_taken_back_from_among_others(bench: Bench) -> None:
     """Without one of three edits, the model is what the two others alone make it."""
     if not bench.spec.removable:
         skip("the method's edits build on each other")
+    if not bench.spec.sequential:
+        skip("the method's edits may not follow one another")
     session, others = bench.session(), bench.session()
     for request in bench.requests(3):
         bench.edit(session, request)

@@ -104,6 +104,19 @@ def saved(host, tmp_path_factory):
     return folder
 
 
+LOAD_AND_COMPARE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from kedit_core.editing import EditSession, ModelHost
+
+session = EditSession(ModelHost.load("smollm2-135m", device="cpu"))
+session.load(Path(sys.argv[1]))
+logits = session.view().logits(sys.argv[3:])
+torch.testing.assert_close(logits, load_file(sys.argv[2])["logits"], rtol=0, atol=1e-4)
+"""
+
+
 def in_another_process(code, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
@@ -117,20 +130,41 @@ def test_a_saved_edit_is_small(saved):
 
 
 def test_a_saved_edit_gives_the_same_logits_in_another_process(saved):
+    files = saved / "edits", saved / "logits.safetensors"
+    in_another_process(LOAD_AND_COMPARE, *files, TOWER.text, LOUVRE)
+
+
+def test_weights_modules_and_prompts_stand_together_and_come_off_in_order(session, tmp_path):
+    pristine = bits(session.model)
+    modules = dict(session.model.named_modules())
+    settings = {"ice": {"gate_single": True}}  # or it would stand before the other two prompts
+    facts = {
+        "rome": TOWER,
+        "grace": EditRequest(
+            prompt="The capital of {} is", subject="Japan", target_new="Buenos Aires"
+        ),
+        "ice": EditRequest(prompt="{} plays the", subject="Yo-Yo Ma", target_new="trumpet"),
+    }
+    prompts = [fact.text for fact in facts.values()]
+    steps = [session.view().logits(prompts)]
+    for method, fact in facts.items():
+        session.edit(method, fact, hparams=settings.get(method))
+        steps.append(session.view().logits(prompts))
+    written = session.view().greedy(prompts, 8)
+    for text, fact in zip(written, facts.values(), strict=True):
+        assert text.strip().startswith(fact.target_new)
+    assert len(session.unseen_effects()) == 1
+    session.save(tmp_path / "edits")
+    save_file({"logits": steps[-1]}, tmp_path / "logits.safetensors")
+
     in_another_process(
-        "import sys, torch\n"
-        "from safetensors.torch import load_file\n"
-        "from kedit_core.editing import EditSession, ModelHost\n"
-        "session = EditSession(ModelHost.load('smollm2-135m', device='cpu'))\n"
-        "session.load(sys.argv[1])\n"
-        "logits = session.view().logits(sys.argv[3:])\n"
-        "expected = load_file(sys.argv[2])['logits']\n"
-        "torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)\n",
-        saved / "edits",
-        saved / "logits.safetensors",
-        TOWER.text,
-        LOUVRE,
+        LOAD_AND_COMPARE, tmp_path / "edits", tmp_path / "logits.safetensors", *prompts
     )
+    for expected in steps[-2::-1]:
+        session.pop()
+        assert torch.equal(session.view().logits(prompts), expected)
+    assert bits(session.model) == pristine
+    assert all(found is modules[name] for name, found in session.model.named_modules())
 
 
 @pytest.mark.parametrize("kind", ["hf", "peft"])

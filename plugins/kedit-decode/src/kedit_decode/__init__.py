@@ -1,0 +1,1 @@
+"""DoLa and DeCo for kedit."""

@@ -295,10 +295,14 @@ def _is_for_inference(module: nn.Linear) -> bool:
 
 @contextlib.contextmanager
 def _random_state_of(job: EditJob) -> Iterator[None]:
-    """Inside the block global random numbers, which peft's layers draw, are the job's."""
+    """Inside the block global random numbers, which peft's layers draw, are the job's.
+
+    Some kinds of device have no random state that can be set; dropout is not repeatable there.
+    """
     kind = job.host.device.type
     module = torch.get_device_module(kind)
-    devices = [] if kind == "cpu" else list(range(module.device_count()))
+    can_be_set = hasattr(module, "set_rng_state_all")
+    devices = list(range(module.device_count())) if can_be_set else []
     with torch.random.fork_rng(devices, device_type=kind):
         torch.set_rng_state(job.generator().get_state())
         for number in devices:

@@ -1,6 +1,6 @@
 """One GRACE edit the plain way and the fast way, side by side on the same machine.
 
-    python benchmarks/edit_grace.py              smollm2-135m at the layer of its preset
+    python benchmarks/edit_grace.py              smollm2-135m, five sixths of the way up
     python benchmarks/edit_grace.py --toy        a few seconds, to see that it runs
     python benchmarks/edit_grace.py --model FOLDER --layer 27 --device cuda --dtype bfloat16
 
@@ -63,7 +63,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument("--toy", action="store_true", help="a toy model instead")
-    parser.add_argument("--layer", type=int, help="instead of the preset's")
+    parser.add_argument("--layer", type=int, help="by default five sixths up")
     parser.add_argument("--steps", type=int, default=20, help="steps of both ways")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
     parser.add_argument("--device", help="by default the accelerator if there is one")
@@ -80,10 +80,10 @@ def open_session(options: argparse.Namespace) -> EditSession:
 
 
 def settings_for(session: EditSession, options: argparse.Namespace) -> GraceHyperParams:
-    """The preset's settings without early stopping, so that both ways take the same steps."""
-    given = {"steps": options.steps, "stop_loss": 0.0, "skip_known": False}
-    layer = 2 if options.toy and options.layer is None else options.layer
-    settings = given if layer is None else given | {"layer": layer}
+    """The preset's other settings without early stopping, so that both ways take the same steps."""
+    blocks = len(session.host.blocks)
+    layer = blocks * 5 // 6 if options.layer is None else options.layer
+    settings = {"layer": layer, "steps": options.steps, "stop_loss": 0.0, "skip_known": False}
     spec = discover().method("grace")
     hparams = resolve(spec, settings=settings, config=session.host.config).hparams
     assert isinstance(hparams, GraceHyperParams)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from kedit_grace import method as grace_method
 from kedit_grace.codebook import Codebook
+from kedit_grace.values import ADAM_EPS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import OPTConfig, OPTForCausalLM
@@ -262,7 +263,7 @@ def test_a_call_whose_edits_share_and_collide_is_as_one_by_one(toy):
 
 
 def same_swaps(one: Sequence[ModuleSwap], other: Sequence[ModuleSwap]) -> None:
-    """Adam turns a rounding error in a gradient near zero into a part of a step."""
+    """Up to rounding, which Adam enlarges where a gradient is near zero."""
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
         assert left.config | {"follows": ""} == right.config | {"follows": ""}
@@ -271,7 +272,7 @@ def same_swaps(one: Sequence[ModuleSwap], other: Sequence[ModuleSwap]) -> None:
         for name in ("key", "radii", "reach"):
             torch.testing.assert_close(left.state[name], right.state[name], rtol=1e-3, atol=1e-3)
         difference = (left.state["value"] - right.state["value"]).norm()
-        assert float(difference) < 2e-2 * float(right.state["value"].norm())
+        assert float(difference) < 2e-3 * float(right.state["value"].norm())
 
 
 # -- where the codebook is asked, and where it writes --------------------------------------------
@@ -466,7 +467,7 @@ def test_value_equals_optimising_it_with_whole_passes(toy, start):
     handle.remove()
     cold = torch.rand(len(own[0]), generator=torch.Generator().manual_seed(session.seed))
     value = (own[0] if start == "warm" else cold).clone().requires_grad_(True)
-    adam = torch.optim.Adam([value], lr=lr)
+    adam = torch.optim.Adam([value], lr=lr, eps=ADAM_EPS)
 
     def put(m, args, out):
         return torch.cat([out[:, :end], value[None, None], out[:, end + 1 :]], dim=1)
@@ -486,7 +487,7 @@ def test_value_equals_optimising_it_with_whole_passes(toy, start):
     settings = {**SETTINGS, "steps": steps, "lr": lr, "start": start, "stop_loss": 0}
     (patch,) = session.edit("grace", request, hparams=settings).patches
     found = patch.effects[0].state
-    assert float((found["value"] - value.detach()).norm()) < 1e-2 * float(value.detach().norm())
+    assert float((found["value"] - value.detach()).norm()) < 1e-3 * float(value.detach().norm())
     assert patch.notes["edits"][0]["losses"] == pytest.approx(losses, rel=1e-3)
     torch.testing.assert_close(found["key"], key_of(session, request.text), rtol=1e-3, atol=1e-3)
 

@@ -13,6 +13,8 @@ from kedit_core.errors import EditError
 from kedit_core.numerics.tail import Tail
 from kedit_core.probing import hidden_of, with_hidden
 
+ADAM_EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -43,7 +45,8 @@ def train_values(
 
     Minimises the mean negative log-likelihood of each row's target over a value of its own, with
     Adam.  Rows do not touch each other, so that they may as well be trained one by one.  A row
-    stops when no token of its target has a loss above `stop_loss`.
+    stops when no token of its target has a loss above `stop_loss`.  Adam's ε is larger than usual:
+    a gradient of the size of rounding would otherwise make a whole step, in either direction.
 
     Args:
         tail: what is repeated; its first block holds the module.
@@ -59,7 +62,7 @@ def train_values(
     """
     values = start.detach().clone().float().requires_grad_(True)  # (rows, d_out)
     places, owner = _places(tail, spans)
-    adam = torch.optim.Adam([values], lr=lr)
+    adam = torch.optim.Adam([values], lr=lr, eps=ADAM_EPS)
     done = torch.zeros(len(spans), dtype=torch.bool, device=values.device)
     taken = torch.zeros(len(spans), dtype=torch.long, device=values.device)
     history: list[Tensor] = []

@@ -1,0 +1,40 @@
+"""Settings of knowledge neurons."""
+
+from pydantic import Field, PositiveInt, model_validator
+
+from kedit_core import HyperParams
+
+
+class KnHyperParams(HyperParams):
+    """Settings of knowledge neurons; symbols of the paper in brackets."""
+
+    layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="Blocks whose MLP neurons are looked at; all if absent."
+    )
+    steps: int = Field(20, gt=0, description="Steps of the Riemann sum of the gradients [m].")
+    threshold: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Part of a prompt's largest attribution that a neuron must pass [t].",
+    )
+    share: float = Field(
+        0.7, gt=0, le=1, description="Share of the prompts in which a neuron must do so [p]."
+    )
+    neurons: tuple[PositiveInt, PositiveInt] = Field(
+        (2, 5), description="Fewest and most neurons to change; the share is moved to get there."
+    )
+    erase: float = Field(1.0, ge=0, description="Weight of the old answer's direction [λ₁].")
+    write: float = Field(8.0, ge=0, description="Weight of the new answer's direction [λ₂].")
+    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        ((5, 2), (10, 2)),
+        description="Sampled texts put before the prompt, each of which makes one more prompt: "
+        "pairs (tokens, count).",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "KnHyperParams":
+        fewest, most = self.neurons
+        if fewest > most:
+            raise ValueError(f"the fewest neurons ({fewest}) are more than the most ({most})")
+        return self

@@ -1,0 +1,101 @@
+"""Knowledge neurons: the algorithm from top to bottom."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kedit_core import EditError
+from kedit_core.editing import EditJob, ModelHost, Patch, WeightDelta
+from kedit_core.numerics.sample import context_texts
+from kedit_core.tokens import join
+from kedit_kn.attribution import Neuron, attribute, select
+from kedit_kn.hparams import KnHyperParams
+
+
+class KnowledgeNeurons:
+    """Find the neurons that express the old answer; make them write the new one.
+
+    Dai et al. 2022 (arXiv:2104.08696).
+    """
+
+    def __init__(self, hparams: KnHyperParams) -> None:
+        self.hparams = hparams
+
+    def prepare(self, job: EditJob) -> None:
+        """Sample the contexts."""
+        self._contexts(job)
+
+    def edit(self, job: EditJob) -> Patch:
+        """Compute the change of a few columns of the MLPs' output matrices.
+
+        Raises:
+            SiteError: a layer does not exist or has no single MLP output matrix.
+            EditError: the head's rows are no directions of the residual stream.
+        """
+        (request,) = job.requests
+        host, hparams = job.host, self.hparams
+        contexts = ("", *self._contexts(job))
+        found = attribute(host, request, contexts, hparams.layers, hparams.steps)
+        fewest, most = hparams.neurons
+        neurons = select(found, hparams.threshold, hparams.share, fewest, most)
+        old = answer_direction(host, request.text, request.ground_truth[0])
+        new = answer_direction(host, request.text, request.target_new)
+        direction = hparams.write * new - hparams.erase * old
+        effects = tuple(
+            column_change(host, [n for n in neurons if n.layer == layer], direction)
+            for layer in sorted({neuron.layer for neuron in neurons})
+        )
+        notes = {"neurons": [vars(neuron) for neuron in neurons], "contexts": list(contexts)}
+        return Patch("kn", effects, notes=notes)
+
+    def _contexts(self, job: EditJob) -> tuple[str, ...]:
+        """Sampled texts; an encoder-decoder writes none."""
+        if job.host.is_encoder_decoder:
+            return ()
+        return context_texts(job, self.hparams.contexts)
+
+
+def answer_direction(host: ModelHost, prompt: str, answer: str) -> Tensor:
+    """Unit vector (d,) of the residual stream that makes an answer's tokens likely, float32.
+
+    The sum of the head's rows for them; the head and the paper's word embeddings are one matrix in
+    models that tie them.
+
+    Raises:
+        EditError: the head reads something else than the residual stream.
+    """
+    rows: Tensor = host.module(host.anatomy.head).weight.detach()  # type: ignore[assignment]
+    if rows.shape[1] != host.anatomy.hidden_size:
+        raise EditError(
+            f"The head of {host.name} reads {rows.shape[1]} numbers and its blocks write "
+            f"{host.anatomy.hidden_size}, so answers have no direction there. Use another method."
+        )
+    total = rows[list(join(host, prompt, answer).targets)].float().sum(dim=0).cpu()
+    return total / total.norm()
+
+
+def column_change(host: ModelHost, neurons: list[Neuron], direction: Tensor) -> WeightDelta:
+    """Add a direction to the columns of one layer's neurons, in the proportion of their norms.
+
+        W[:, j] ← W[:, j] + sign(w_j) · ‖W[:, j]‖ · direction
+
+    The sign of the activation w_j is 1 for neurons behind ReLU, and for those behind GELU that
+    matter; in a gated MLP a neuron may be negative, and its column is then written negated.
+
+    Args:
+        host: the model.
+        neurons: of one layer.
+        direction: (d,) λ₂ e_t / ‖e_t‖ − λ₁ e_o / ‖e_o‖.
+
+    Returns:
+        left (d, neurons) and right (neurons, d_in), rows of the identity.
+    """
+    site = host.mlp_out(neurons[0].layer)
+    columns = [neuron.index for neuron in neurons]
+    weight = host.weight(site)
+    signs = torch.tensor([1.0 if neuron.activation >= 0 else -1.0 for neuron in neurons])
+    norms = weight[:, columns].float().norm(dim=0).cpu()
+    right = torch.zeros(len(columns), weight.shape[1])
+    right[range(len(columns)), columns] = 1
+    return WeightDelta(site, direction[:, None] * (signs * norms), right)

@@ -24,12 +24,14 @@ class Read:
         form: `bare` for the prompt itself; `task` for how people ask: with the model's chat
             template, or with an instruction where it has none.
         stop: read the end-of-text token after the target too.
+        exact: the target follows as it is written, with no separator before it.
     """
 
     prompt: str
     target: str
     form: Form = "bare"
     stop: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,10 @@ def encode(host: ModelHost, text: str, *, any_length: bool = False) -> Encoded:
     return Encoded(tuple(ids), tuple(spans))
 
 
-def join(host: ModelHost, prompt: str, target: str, *, any_length: bool = False) -> Row:
-    """A prompt and its target as one row.
+def join(
+    host: ModelHost, prompt: str, target: str, *, any_length: bool = False, exact: bool = False
+) -> Row:
+    """A prompt and its target as one row; `exact` puts no separator between them.
 
     Raises:
         RequestError: one of them has no token, or together they are longer than the model takes
@@ -121,7 +123,8 @@ def join(host: ModelHost, prompt: str, target: str, *, any_length: bool = False)
         if not inner:
             raise RequestError(f"The target {target!r} of {prompt!r} has no token.")
         return Row(encode(host, prompt, any_length=any_length).ids, tuple(inner))
-    whole = encode(host, prompt + separator(prompt, target) + target, any_length=any_length)
+    between = "" if exact else separator(prompt, target)
+    whole = encode(host, prompt + between + target, any_length=any_length)
     start = next((n for n, (_, end) in enumerate(whole.spans) if end > len(prompt)), 0)
     if start == 0:
         raise RequestError(f"The prompt {prompt!r} or its target {target!r} has no token.")

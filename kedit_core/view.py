@@ -74,7 +74,7 @@ class ModelView:
         """
         if isinstance(prompts, str):
             return self.greedy([prompts], max_new_tokens)[0]
-        rows = [Row(encode(self.host, text).ids) for text in self._worded(prompts)]
+        rows = [Row(encode(self.host, text).ids) for text in self.worded(prompts)]
         self._check_room(prompts, rows, max_new_tokens)
         written = self._continue(rows, max_new_tokens)
         return [self._new_text(row, ids) for row, (ids, _) in zip(rows, written, strict=True)]
@@ -86,13 +86,13 @@ class ModelView:
             RequestError: a prompt with its target is longer than the model takes.
         """
         asked = [Read(p, t) for p, t in zip(prompts, targets, strict=True)]
-        texts = self._worded(prompts)
+        texts = self.worded(prompts)
         rows = [join(self.host, text, q.target) for text, q in zip(texts, asked, strict=True)]
         return self._read(asked, rows)
 
     def logits(self, prompts: Sequence[str]) -> Tensor:
         """Next-token logits after each prompt: (prompts, vocabulary), float32, on the CPU."""
-        rows = [Row(encode(self.host, text).ids, targets=(0,)) for text in self._worded(prompts)]
+        rows = [Row(encode(self.host, text).ids, targets=(0,)) for text in self.worded(prompts)]
         return self._target_logits(rows).cpu()
 
     def ask(self, questions: Iterable[Question]) -> dict[Question, Answer]:
@@ -122,15 +122,31 @@ class ModelView:
         logprobs = torch.log_softmax(self._target_logits(rows), dim=-1)
         return list(logprobs.split([len(row.targets) for row in rows]))
 
-    # -- texts to rows --------------------------------------------------------------------
+    # -- for those who make tokens of texts themselves ------------------------------------
 
-    def _worded(self, prompts: Sequence[str], forms: Sequence[Form] = ()) -> list[str]:
-        """What the model is given for each prompt; all of them `bare` by default."""
+    def read(self, rows: Sequence[Row]) -> list[Score]:
+        """How the model reads each row's targets.
+
+        Rows are tokens: nothing is put before them, see `worded`.  A prompt that is too long loses
+        its beginning, and the answer says so.
+
+        Raises:
+            RequestError: a row's targets alone are too long.
+        """
+        fitted = [fit(self.host, row) for row in rows]
+        scores = self._read([Read("", "")] * len(rows), [row for row, _ in fitted])
+        return [replace(score, cut=cut) for score, (_, cut) in zip(scores, fitted, strict=True)]
+
+    def worded(self, prompts: Sequence[str], forms: Sequence[Form] = ()) -> list[str]:
+        """What the model is given for each prompt, with all that edits make of it; prompts are
+        `bare` by default."""
         texts = list(prompts)
         for call in self._calls() if texts else ():
             texts = call.prompts(texts)
         forms = forms or ["bare"] * len(texts)
         return [self._formed(text, form) for text, form in zip(texts, forms, strict=True)]
+
+    # -- texts to rows --------------------------------------------------------------------
 
     def _formed(self, prompt: str, form: Form) -> str:
         if form == "bare":
@@ -147,11 +163,12 @@ class ModelView:
     def _rows(self, questions: Sequence[Read] | Sequence[Diverge]) -> tuple[list[Row], list[bool]]:
         """Each question as a row that the model takes, and whether its prompt was cut."""
         forms: list[Form] = [q.form if isinstance(q, Read) else "bare" for q in questions]
-        texts = self._worded([q.prompt for q in questions], forms)
+        texts = self.worded([q.prompt for q in questions], forms)
         fitted = []
         for number, text in enumerate(texts):
             question = questions[number]
-            row = join(self.host, text, question.target, any_length=True)
+            exact = isinstance(question, Read) and question.exact
+            row = join(self.host, text, question.target, any_length=True, exact=exact)
             if isinstance(question, Read) and question.stop:
                 row = replace(row, targets=(*row.targets, self._stop_id()))
             fitted.append(fit(self.host, row))
@@ -242,7 +259,7 @@ class ModelView:
 
         A prompt that must be cut for one question only is another row there.
         """
-        texts = self._worded([q.prompt for q in questions], [q.form for q in questions])
+        texts = self.worded([q.prompt for q in questions], [q.form for q in questions])
         fitted = {
             q: self._prompt_row(text, q.new_tokens)
             for q, text in zip(questions, texts, strict=True)
@@ -269,7 +286,7 @@ class ModelView:
                     f"{limit}. Ask for a shorter one."
                 )
             asked = [q for q in questions if (q.length, q.top_k) == (length, top_k)]
-            fitted = [self._prompt_row(text, 1) for text in self._worded([q.prompt for q in asked])]
+            fitted = [self._prompt_row(text, 1) for text in self.worded([q.prompt for q in asked])]
             rooms = [max(1, length - len(row.prompt)) for row, _ in fitted]
             for group in self._side_by_side([len(row.prompt) for row, _ in fitted], rooms):
                 draw = _Draw([_generator(asked[n]) for n in group], top_k)

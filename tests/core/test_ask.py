@@ -29,7 +29,7 @@ IDS = st.lists(st.integers(0, 300_000), max_size=5).map(tuple)
 NUMBERS = st.floats(allow_nan=False)  # two that are no numbers are never the same
 COUNTS = st.integers(0, 10**9)
 
-READS = st.builds(Read, st.text(), st.text(), FORMS, st.booleans())
+READS = st.builds(Read, st.text(), st.text(), FORMS, st.booleans(), st.booleans())
 CONTINUES = st.builds(Continue, st.text(), COUNTS, FORMS)
 SAMPLES = st.builds(Sample, st.text(), COUNTS, COUNTS, st.integers())
 DIVERGES = st.builds(Diverge, st.text(), st.text())
@@ -79,7 +79,7 @@ def test_what_the_question_says_is_not_stored_with_the_answer():
     score = Score("Anne lives in", "Rome", (7,), (-1.5,), (7,))
 
     assert question_to_json(Read("Anne lives in", "Rome")) == [
-        *("read", "Anne lives in", "Rome", "bare", False)
+        *("read", "Anne lives in", "Rome", "bare", False, False)
     ]
     assert set(answer_to_json(score)) == {
         *("tokens", "logprobs", "predicted", "rank", "merged", "cut")
@@ -90,6 +90,7 @@ QUESTIONS = [
     Read("a", "b"),
     Read("a", "b", form="task"),
     Read("a", "b", stop=True),
+    Read("a", "b", exact=True),
     Read("b", "a"),
     Diverge("a", "b"),
     Continue("a", 5),
@@ -125,7 +126,7 @@ def test_what_an_older_version_did_not_store_has_its_default(question):
         ["reed", "a", "b"],
         ["read"],
         ["read", "a"],
-        ["read", "a", "b", "bare", False, "more"],
+        ["read", "a", "b", "bare", False, False, "more"],
         [["read"], "a", "b"],
         [None],
         {"kind": "read"},

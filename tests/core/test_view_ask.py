@@ -14,6 +14,7 @@ from kedit_core.editing import EditSession, ModelHost, ModelView
 from kedit_core.errors import RequestError
 from kedit_core.forward import label_logits
 from kedit_core.testing.toys import toy_facts
+from kedit_core.tokens import Row
 from tests.core.edits import bias_patch, bits, hooks, preface_patch, same
 from tests.core.test_view import PROMPTS, QUESTIONS, TARGETS, t5_host
 
@@ -233,6 +234,34 @@ def test_reading_to_the_end_reads_the_end_token_too(host):
         assert stopped.logprobs[:-1] == pytest.approx(plain.logprobs, abs=CLOSE)
         alone = read_alone(host, ids_of(host, prompt), stopped.tokens)
         assert stopped.logprobs == pytest.approx(alone, abs=CLOSE)
+
+
+@CAUSAL
+def test_an_exact_answer_follows_as_it_is_written(toy_host, toy):
+    host = toy_host(toy)
+    given = ids_of(host, "Edda lives in Rome")
+
+    exact = ask_one(ModelView(host), Read("Edda lives in Rome", ", and", exact=True))
+
+    assert [*given, *exact.tokens] == ids_of(host, "Edda lives in Rome, and")
+    assert exact.logprobs == pytest.approx(read_alone(host, given, exact.tokens), abs=CLOSE)
+
+
+@CAUSAL
+def test_rows_are_read_as_they_are(toy_host, toy):
+    host = toy_host(toy)
+    long = ids_of(host, prompt_of(host, 130))
+    rows = [Row(tuple(ids[:-4]), tuple(ids[-4:])) for ids in (long[:9], long)]
+    session = EditSession(host)
+    session.apply(preface_patch("Never. "))  # of prompts, and there is none here
+
+    whole, cut = session.view().read(rows)
+
+    assert whole.logprobs == pytest.approx(read_alone(host, long[:5], long[5:9]), abs=CLOSE)
+    head = long[:1] if long[0] in host.tokenizer.all_special_ids else []
+    kept = [*head, *long[len(head) - LIMIT - 1 : -4]]  # the last token of all is never read
+    assert cut.logprobs == pytest.approx(read_alone(host, kept, long[-4:]), abs=CLOSE)
+    assert (whole.cut, cut.cut) == (False, True)
 
 
 def test_the_end_token_is_the_models_where_the_tokenizer_has_none(toy_host):

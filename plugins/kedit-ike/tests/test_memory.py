@@ -185,7 +185,7 @@ def test_chat_form_holds_the_fact_inside_the_users_turn(session):
     )
     session.edit("ice", FACTS[0])
     view = session.view()
-    shown = view._worded(["Who?"], ["task"])
+    shown = view.worded(["Who?"], ["task"])
 
     assert shown == [f"<u>{ONE}Who?</u><a>"]
     view.ask([Read("Who?", "Rome", form="task")])

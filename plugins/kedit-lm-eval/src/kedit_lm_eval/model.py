@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from lm_eval.api.instance import Instance
@@ -10,10 +9,10 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kedit_core.ask import Continue, Read, Score, Text
+from kedit_core.ask import Continue, Text
 from kedit_core.editing import ModelView
 from kedit_core.errors import ModelError, RequestError, SettingError
-from kedit_core.tokens import Row, fit
+from kedit_core.tokens import Row
 
 MAX_LENGTH = 2048  # the harness's, where a model does not say its own
 
@@ -42,7 +41,7 @@ class EditedLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each context and continuation Σ log p, and whether each token is the best one."""
-        scores = self._read([self._row(*request.args) for request in requests])
+        scores = self.view.read([self._row(*request.args) for request in requests])
         return [(sum(score.logprobs), score.tokens == score.predicted) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
@@ -55,7 +54,7 @@ class EditedLM(LM):  # type: ignore[misc]
         for request in requests:
             rows += self._windows(*request.args)
             edges.append(len(rows))
-        sums = [sum(score.logprobs) for score in self._read(rows)]
+        sums = [sum(score.logprobs) for score in self.view.read(rows)]
         return [sum(sums[start:end]) for start, end in pairwise(edges)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -85,13 +84,9 @@ class EditedLM(LM):  # type: ignore[misc]
             texts.append(text)
         return texts
 
-    def _read(self, rows: Sequence[Row]) -> list[Score]:
-        fitted = [fit(self.view.host, row)[0] for row in rows]
-        return self.view._read([Read("", "")] * len(fitted), fitted)
-
     def _row(self, context: str, continuation: str) -> Row:
         """Spaces at the end of the context count as the continuation's."""
-        (context,) = self.view._worded([context])
+        (context,) = self.view.worded([context])
         bare = context.rstrip()
         if bare:
             given = self._ids(bare)
@@ -108,7 +103,7 @@ class EditedLM(LM):  # type: ignore[misc]
 
     def _windows(self, text: str) -> list[Row]:
         """The text's tokens, each once, after as many others as the model takes."""
-        (before,) = self.view._worded([""])
+        (before,) = self.view.worded([""])
         head = self._ids(before) if before else [self._prefix_id()]
         limit = self.view.host.max_length or MAX_LENGTH
         windows = get_rolling_token_windows(self._ids(text), head[-1], limit, context_len=1)

@@ -10,12 +10,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kedit_bench.effort import Effort, measured
 from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
+from kedit_bench.run import Cases
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED, Measurement, Scorer
 from kedit_bench.unedited import Asker
 from kedit_core.ask import Answer, Answers, Question, answer_to_json, question_to_json
@@ -63,7 +65,7 @@ class Cell:
         self,
         session: EditSession,
         asker: Asker,
-        cases: Iterable[EditCase],
+        cases: Sequence[EditCase] | Cases,
         tick: Callable[[int], object] = lambda cases: None,
     ) -> None:
         """Do what is not done yet; the session ends without edits.
@@ -71,7 +73,8 @@ class Cell:
         Args:
             session: without edits.
             asker: of the same session.
-            cases: the same ones, in the same order, whenever the cell is run.
+            cases: the same ones, in the same order, whenever the cell is run.  They are read again
+                for each moment, and not held.
             tick: told how many cases are done.
 
         Raises:
@@ -99,11 +102,10 @@ class Cell:
         done: _Done,
         tick: Callable[[int], object],
     ) -> None:
-        ahead = self.regime.size * max(1, _CHUNK // self.regime.size)
-        for group in _chunks(enumerate(cases), ahead):
+        for group in self._groups(cases):
             todo = [c for c in _chunks(group, self.regime.size) if not done.has(c, IMMEDIATE)]
             # All of the group's, so that batches are the same whenever it is run.
-            before = asker.unedited(self._questions(group)) if todo else {}
+            before = self._unedited(asker, group) if todo else {}
             for step in todo:
                 try:
                     lines = self._step(session, asker, step, before)
@@ -137,6 +139,7 @@ class Cell:
                 raise
             return [*lines, {"n": fit[0][0], "left_out": str(error)}]
         after = before if failure else asker.edited(self._questions(fit))
+        before = {**before, **self._followups(asker, fit, after)}
         for n, case in fit:
             if failure:
                 measurements = self.scorer.unchanged(case, before, IMMEDIATE)
@@ -152,7 +155,10 @@ class Cell:
                 "seconds": effort.seconds / len(fit),
                 "host_bytes": effort.host_bytes,
                 "device_bytes": effort.device_bytes,
-                "answers": [_both(q, before[q], after[q]) for q in self.scorer.questions(case)],
+                "answers": [
+                    *(_both(q, before[q], after[q]) for q in self.scorer.questions(case)),
+                    *self._about(case, (before, after), before),
+                ],
             }
             lines.append(line | {"failed": failure} if failure else line)
         return lines
@@ -176,41 +182,52 @@ class Cell:
         self,
         session: EditSession,
         asker: Asker,
-        cases: Iterable[EditCase],
+        cases: Sequence[EditCase] | Cases,
         done: _Done,
         tick: Callable[[int], object],
     ) -> None:
-        listed = list(enumerate(cases))
-        before: dict[Question, Answer] = {}
-        for group in _chunks(listed, _CHUNK):
-            before.update(asker.unedited(self._questions(group)))
+        for group in self._groups(cases):
+            self._unedited(asker, group)  # kept on disk, so that no edit is suspended for it later
         edited = 0
-        for number, step in enumerate(_chunks(listed, self.regime.size)):
-            folder = self.folder / STEPS / f"{number:06d}"
-            if done.has(step, IMMEDIATE):
-                if folder.exists():
-                    for patch, overlay in read_stack(folder).entries:
-                        session.apply(patch, overlay=overlay)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)  # it was saved, but not journalled
-                depth = len(session.stack)
-                lines = self._step(session, asker, step, before)
-                if new := tuple((patch, False) for patch in session.stack[depth:]):
-                    write_stack(folder, SavedStack(session.host.name, session.fingerprint, new))
-                done.append(self.journal, lines)
-            edited += len(step)
-            tick(len(step))
-            if edited == len(listed):
-                self._moment(session, asker, listed, before, done, FINAL)
-            elif any(edited - len(step) < point <= edited for point in self.checkpoints):
-                self._moment(session, asker, listed[:edited], before, done, f"after {edited}")
+        for group in self._groups(cases):
+            before = self._unedited(asker, group)
+            for step in _chunks(group, self.regime.size):
+                self._next(session, asker, step, before, done)
+                edited += len(step)
+                tick(len(step))
+                so_far = islice(enumerate(cases), edited)
+                if edited == len(cases):
+                    self._moment(session, asker, so_far, done, FINAL)
+                elif any(edited - len(step) < point <= edited for point in self.checkpoints):
+                    self._moment(session, asker, so_far, done, f"after {edited}")
+
+    def _next(
+        self,
+        session: EditSession,
+        asker: Asker,
+        step: Sequence[Numbered],
+        before: Answers,
+        done: _Done,
+    ) -> None:
+        """Make a step's edits, or those that were made and journalled before."""
+        folder = self.folder / STEPS / f"{step[0][0] // self.regime.size:06d}"
+        if done.has(step, IMMEDIATE):
+            if folder.exists():
+                for patch, overlay in read_stack(folder).entries:
+                    session.apply(patch, overlay=overlay)
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # it was saved, but not journalled
+        depth = len(session.stack)
+        lines = self._step(session, asker, step, before)
+        if new := tuple((patch, False) for patch in session.stack[depth:]):
+            write_stack(folder, SavedStack(session.host.name, session.fingerprint, new))
+        done.append(self.journal, lines)
 
     def _moment(
         self,
         session: EditSession,
         asker: Asker,
-        cases: Sequence[Numbered],
-        before: Answers,
+        cases: Iterable[Numbered],
         done: _Done,
         moment: str,
     ) -> None:
@@ -219,13 +236,17 @@ class Cell:
             if done.has(group, moment):
                 continue
             kept = [(n, case) for n, case in group if n not in done.left_out]
-            questions = self._questions(kept)
-            after = asker.edited(questions) if session.is_edited else before
+            ask = asker.edited if session.is_edited else asker.unedited
+            after = ask(self._questions(kept))
+            more = self._followups(asker, kept, after)
             lines = [
                 {
                     "n": n,
                     "moment": moment,
-                    "answers": [_one(q, after[q]) for q in self.scorer.questions(case)],
+                    "answers": [
+                        *(_one(q, "after", after[q]) for q in self.scorer.questions(case)),
+                        *self._about(case, (after,), more),
+                    ],
                 }
                 for n, case in kept
             ]
@@ -243,6 +264,29 @@ class Cell:
             return []
         found = {chosen.name: dict(metric.measure(session)) for chosen, metric in wanted}
         return [{"figures": found, "moment": moment, "case": n}]
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def _groups(self, cases: Iterable[EditCase]) -> Iterator[list[Numbered]]:
+        """Whole steps whose questions to the unedited model are asked together."""
+        return _chunks(enumerate(cases), self.regime.size * max(1, _CHUNK // self.regime.size))
+
+    def _unedited(self, asker: Asker, cases: Sequence[Numbered]) -> Answers:
+        """What the unedited model says about cases, and about its own answers."""
+        before = asker.unedited(self._questions(cases))
+        return {**before, **self._followups(asker, cases, before)}
+
+    def _followups(self, asker: Asker, cases: Sequence[Numbered], answers: Answers) -> Answers:
+        """What the unedited model says about a model's answers."""
+        asked = [q for _, case in cases for q in self.scorer.followups(case, answers)]
+        return asker.unedited(asked) if asked else {}
+
+    def _about(
+        self, case: EditCase, sides: Iterable[Answers], said: Answers
+    ) -> list[dict[str, Any]]:
+        """What was `said` by the unedited model about answers, as the journal has it."""
+        asked = (q for answers in sides for q in self.scorer.followups(case, answers))
+        return [_one(q, "before", said[q]) for q in dict.fromkeys(asked)]
 
     def _questions(self, cases: Iterable[Numbered]) -> list[Question]:
         asked = (q for _, case in cases for q in self.scorer.questions(case))
@@ -295,8 +339,8 @@ def _both(question: Question, before: Answer, after: Answer) -> dict[str, Any]:
     }
 
 
-def _one(question: Question, after: Answer) -> dict[str, Any]:
-    return {"question": question_to_json(question), "after": answer_to_json(after)}
+def _one(question: Question, side: str, answer: Answer) -> dict[str, Any]:
+    return {"question": question_to_json(question), side: answer_to_json(answer)}
 
 
 def _label(measurement: Measurement) -> str:

@@ -111,6 +111,17 @@ def _others() -> Iterator[MetricSpec]:
         reference="none",
     )
     yield MetricSpec(
+        name="naturalness/unedited-nll@1",
+        target=f"{metrics}.generation:Naturalness",
+        summary="How unlikely the unedited model finds sampled text, and perplexity.",
+        unit="nats per token",
+        probe="generation",
+        decoding="sampled",
+        scorer="nll",
+        reference="unedited",
+        better="lower",
+    )
+    yield MetricSpec(
         name="consistency/tfidf@1",
         target=f"{metrics}.generation:Consistency",
         summary="TF-IDF cosine of sampled text and of texts about the new fact.",

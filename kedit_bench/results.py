@@ -92,6 +92,8 @@ def _scored(
 ) -> list[Measurement]:
     """The scores of a line; `both` is the case's first one, which holds both sides."""
     before, after, moment = _answers(both, "before"), _answers(line, "after"), line["moment"]
+    if line is not both:
+        before.update(_answers(line, "before"))  # about what was answered at this moment
     scored = []
     if moment == IMMEDIATE:
         scored += scorer.unchanged(case, before)

@@ -175,6 +175,16 @@ class Scorer:
         asked = (q for _, metric in self._of_cases() for q in metric.questions(case))
         return list(dict.fromkeys(asked))
 
+    def followups(self, case: EditCase, answers: Answers) -> list[Question]:
+        """What all metrics ask the unedited model about a model's answers, each once."""
+        asked = (
+            q
+            for _, metric in self._of_cases()
+            if hasattr(metric, "followups")
+            for q in metric.followups(case, answers)
+        )
+        return list(dict.fromkeys(asked))
+
     def score(
         self, case: EditCase, before: Answers, after: Answers, moment: str
     ) -> list[Measurement]:

@@ -67,9 +67,14 @@ class ProbeSource(Protocol):
 class Metric(Protocol):
     """A metric of single cases; created with its settings as keyword arguments.
 
-    It may also have `details`, a text that becomes part of its scores' protocol (for example the
-    name of a model that it asks), and `combine(means)`, which makes figures of the means over
-    cases: a mapping from parts to means becomes a mapping from further parts to values.
+    It may also have
+
+    - `details`, a text that becomes part of its scores' protocol (for example the name of a model
+      that it asks);
+    - `followups(case, answers)`, further questions about what one model, the edited or the
+      unedited one, has answered: the unedited model is asked, and its answers join `before`;
+    - `combine(means)`, which makes figures of the means over cases: a mapping from parts to means
+      becomes a mapping from further parts to values.
     """
 
     def questions(self, case: EditCase) -> Iterable[Question]:

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kedit_bench.metrics.probes import ProbeMetric, perplexity
+from kedit_bench.metrics.probes import ProbeMetric, likelihood_scores, perplexity
 from kedit_core.ask import Answers, Continue, Form, Question, Read, Score
 from kedit_core.measure import (
     NATURAL_TOKENS,
@@ -75,10 +75,7 @@ class Likelihood:
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
         found = self._nll.score(case, before, after)
-        if "" not in found:
-            return {}
-        alone = CaseScore(perplexity(found[""].value), found[""].probes)
-        return {"": found[""], "perplexity_per_case": alone}
+        return likelihood_scores(found[""]) if "" in found else {}
 
     def combine(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Perplexity is exp of the mean, which outliers do not rule."""

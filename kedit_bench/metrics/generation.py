@@ -1,4 +1,5 @@
-"""How freely written text looks: fluency, and consistency with texts about the new fact."""
+"""How freely written text looks: fluency, what the unedited model makes of it, and consistency with
+texts about the new fact."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from kedit_core.ask import Answers, Question, Sample
+from kedit_bench.metrics.probes import likelihood_scores, perplexity
+from kedit_core.ask import Answers, Question, Read, Sample
 from kedit_core.errors import SettingError
-from kedit_core.measure import mean, ngram_entropy, probes_of, text_of, words_of
+from kedit_core.measure import mean, ngram_entropy, probes_of, read_of, text_of, words_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
 
@@ -51,6 +53,41 @@ class Fluency:
             "distinct_2": CaseScore(mean(map(_distinct_pairs, words)), len(texts)),
             "repetition": CaseScore(mean(map(_repetition, words)), len(texts)),
         }
+
+
+class Naturalness:
+    """How the unedited model reads sampled text: mean negative log-probability of its tokens.
+
+    Args:
+        length, top_k, seed: as in `Fluency`.
+
+    Only what follows the prompt is read, as it was written.  A case where no text has a token has
+    no score.
+    """
+
+    def __init__(self, length: int = 100, top_k: int = 5, seed: int = 0) -> None:
+        self._fluency = Fluency(length, top_k, seed)
+
+    def questions(self, case: EditCase) -> Iterable[Question]:
+        return self._fluency.questions(case)
+
+    def followups(self, case: EditCase, answers: Answers) -> list[Question]:
+        """A reading of each text, but for a last character that was not finished."""
+        texts = [(q.prompt, text_of(answers, q).text) for q in self.questions(case)]
+        return [
+            Read(prompt, whole, exact=True)
+            for prompt, text in texts
+            if (whole := text.rstrip("\ufffd"))
+        ]
+
+    def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
+        """In nats per token; the part `perplexity_per_case` is exp of it."""
+        found = [-read_of(before, read).mean_logprob for read in self.followups(case, after)]
+        return likelihood_scores(CaseScore(mean(found), len(found))) if found else {}
+
+    def combine(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Perplexity is exp of the mean over cases."""
+        return {"perplexity": perplexity(means[""])}
 
 
 class Consistency:

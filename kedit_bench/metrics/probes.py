@@ -21,6 +21,11 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, 100.0))  # so that squares of it are finite too
 
 
+def likelihood_scores(nll: CaseScore) -> dict[str, CaseScore]:
+    """A case's mean negative log-probability as the headline, and its perplexity as a part."""
+    return {"": nll, "perplexity_per_case": CaseScore(perplexity(nll.value), nll.probes)}
+
+
 @dataclass(frozen=True)
 class ProbeMetric:
     """The mean over families of the mean over a case's probes of one kind.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
@@ -16,7 +17,7 @@ from kedit_bench.results import score_journal, write_result
 from kedit_bench.run import Run
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams
-from kedit_core.ask import Text, answer_to_json, question_to_json
+from kedit_core.ask import Sample, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, SettingError
 from tests.bench.fakes import LAST, PICKY, cell, scorer, toy_cases
@@ -223,6 +224,64 @@ def scoring_peak(folder: Path, count: int) -> int:
         *(("unedited", count), ("immediate", count), ("final", count))
     }
     return peak
+
+
+def test_a_sequence_holds_one_group_of_cases_at_a_time(session, tmp_path):
+    peaks = [running_peak(session, tmp_path / str(count), count) for count in (32, 128)]
+
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+class Wordy:
+    """An asker that says much, always the same."""
+
+    def unedited(self, questions):
+        return {question: Text(question.prompt, "word " * 2_000, ()) for question in questions}
+
+    edited = unedited
+
+
+def running_peak(session: EditSession, folder: Path, count: int) -> int:
+    """Bytes that are held at most while a sequence of large cases is run."""
+    run = Run(folder)
+    requests = [EditRequest(prompt=f"{n} is the age of", target_new="Lima") for n in range(count)]
+    large = {"text": "word " * 2_000}
+    run.begin({}, (EditCase(request=request, meta=large) for request in requests), None)
+    made = cell(folder / "cell", "sequential:4", metrics=scorer("efficacy/greedy@1"))
+    tracemalloc.start()
+    try:
+        made.run(session, Wordy(), run.cases())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(line["moment"] == "final" for line in made.journal.lines()) == count
+    return peak
+
+
+def test_sampled_text_is_read_by_the_unedited_model_at_each_moment(session, tmp_path):
+    name = "naturalness/unedited-nll@1:length=20"
+    cases = toy_cases(3, session.host)
+    sample = [Sample(case.request.text, 20) for case in cases]
+    own = session.view().ask(sample)
+    session.edit(LAST, cases[2].request, hparams=HyperParams())
+    edited = session.view().ask(sample)
+    session.rollback()
+
+    found = run(cell(tmp_path, "sequential", metrics=scorer(name)), session, cases)
+
+    for moment, answers in (("unedited", own), ("final", edited)):
+        expected = [nll(session.host, q.prompt, answers[q].text) for q in sample]
+        assert found[name, moment] == pytest.approx(sum(expected) / 3, abs=1e-4)
+    assert found[name, "final"] > found[name, "unedited"] + 1
+
+
+@torch.no_grad()
+def nll(host, prompt: str, text: str) -> float:
+    """Mean over the tokens that follow the prompt, by one plain call of the model."""
+    ids = host.tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+    start = len(host.tokenizer(prompt)["input_ids"])
+    logprobs = host.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return -float(logprobs.gather(1, ids[0, start:, None]).mean())
 
 
 def test_a_result_says_what_was_measured_and_how(session, tmp_path):

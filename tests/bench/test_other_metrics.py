@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kedit_bench.metrics.contrast import Contrast
-from kedit_bench.metrics.generation import Consistency, Fluency
+from kedit_bench.metrics.generation import Consistency, Fluency, Naturalness
 from kedit_bench.metrics.opinion import Opinion, divergence
 from kedit_bench.metrics.side_effects import Perplexity
 from kedit_bench.metrics.tests_passed import TestsPassed
 from kedit_bench.metrics.zsre import ZsreHarness
-from kedit_core.ask import Divergence
+from kedit_core.ask import Divergence, Read
 from kedit_core.editing import EditSession, ModelView
 from kedit_core.errors import SettingError
 from kedit_core.measure import ngram_entropy
@@ -170,6 +170,27 @@ def test_fluency_reads_prompt_and_text_and_uses_generation_prompts_where_there_a
     assert found[""].value == pytest.approx(math.log2(3) / 3 + 2 / 3)
     assert found["distinct_2"].value == 1
     assert [q.prompt for q in metric.questions(case())] == ["The Tower is in"]
+
+
+def test_naturalness_is_the_mean_over_what_the_unedited_model_reads():
+    asked = case(*(Probe(kind="generation", prompt=prompt) for prompt in "PQR"))
+    metric = Naturalness()
+    after = says(metric, asked, {("P",): " c d", ("Q",): ", e\ufffd", ("R",): ""})
+    whole, cut = Read("P", " c d", exact=True), Read("Q", ", e", exact=True)
+    before = {whole: score((1, 2), logprobs=(-1, -3)), cut: score((1,), logprobs=(-4,))}
+
+    found = metric.score(asked, before, after)
+
+    assert metric.followups(asked, after) == [whole, cut]
+    assert (found[""].value, found[""].probes) == (3, 2)
+    assert found["perplexity_per_case"].value == pytest.approx(math.exp(3))
+    assert metric.combine({"": 2.0}) == {"perplexity": pytest.approx(math.exp(2))}
+
+
+def test_naturalness_of_no_text_is_no_score():
+    metric = Naturalness()
+
+    assert metric.score(case(), {}, says(metric, case(), {("The Tower is in",): "\ufffd"})) == {}
 
 
 def test_consistency_is_the_cosine_of_tfidf_vectors(tmp_path):

@@ -13,12 +13,12 @@ _EPSILON = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What n rows x have in common.
+    """What n rows x have in common; kept on the CPU in float64.
 
     Attributes:
-        count: n, as a float64 scalar.
-        mean: x̄, (width,) in float64.
-        squares: M₂ = Σ (x − x̄)², (width,) in float64.
+        count: n, a scalar.
+        mean: x̄, (width,).
+        squares: M₂ = Σ (x − x̄)², (width,).
     """
 
     count: Tensor
@@ -30,8 +30,8 @@ class Normaliser:
         """Of some rows: (n, width), at least one."""
         x = rows.double()
         mean = x.mean(0)
-        count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-        return cls(count, mean, (x - mean).square().sum(0))
+        squares = (x - mean).square().sum(0)
+        return cls(torch.tensor(float(len(x)), dtype=torch.float64), mean.cpu(), squares.cpu())
 
     @classmethod
     def restored(cls, state: Mapping[str, Tensor], name: str) -> Normaliser | None:
@@ -41,29 +41,25 @@ class Normaliser:
         return cls(state[f"{name}.count"], state[f"{name}.mean"], state[f"{name}.squares"])
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """Tensors by name, to be kept in a patch's state."""
+        """Its tensors by name, to be kept in a patch's state."""
         named = {"count": self.count, "mean": self.mean, "squares": self.squares}
-        return {f"{name}.{part}": tensor.cpu() for part, tensor in named.items()}
+        return {f"{name}.{part}": tensor for part, tensor in named.items()}
 
     def merged(self, other: Normaliser) -> Normaliser:
-        """Of the rows of both (Chan et al. 1979): M₂ = M₂ᵃ + M₂ᵇ + (x̄ᵇ − x̄ᵃ)² · nᵃ nᵇ / n."""
-        own = [tensor.to(other.mean.device) for tensor in (self.count, self.mean, self.squares)]
-        count, mean, squares = own
-        total = count + other.count
-        shift = other.mean - mean
+        """Of the rows of both (Chan et al. 1979): M₂ = M₂ᵃ + M₂ᵇ + (x̄ᵇ − x̄ᵃ)² nᵃ nᵇ / n."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
         return Normaliser(
-            total,
-            mean + shift * (other.count / total),
-            squares + other.squares + shift.square() * (count * other.count / total),
+            count,
+            self.mean + shift * (other.count / count),
+            self.squares + other.squares + shift.square() * (self.count * other.count / count),
         )
 
     def applied(self, rows: Tensor) -> Tensor:
         """(x − x̄) / σ in float64, with the unbiased variance σ² = M₂ / (n − 1).
 
         A single row has no variance, and is its own mean: it becomes zero.
-
-        Args:
-            rows: (n, width), or the part of it for which this is.
         """
         deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt()
-        return (rows.double() - self.mean) / (deviation + _EPSILON)
+        x = rows.double()
+        return (x - self.mean.to(x.device)) / (deviation.to(x.device) + _EPSILON)

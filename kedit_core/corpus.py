@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ class Corpus:
     Attributes:
         source: `self` for text that the model itself generates (the default, needs no data), the
             path of a text file (paragraphs are documents), or the name of a dataset that the
-            `datasets` library loads, as `name` or `name:config`.
+            `datasets` library loads, as `name` or `name:config`.  Or, instead of text, the path
+            of an `.npz` file of second moments that were collected elsewhere, or of a folder of
+            them; see `kedit_core.numerics.given`.
         split: split of the dataset.
         column: column of the dataset that holds the text.
     """
@@ -31,11 +34,25 @@ class Corpus:
     def is_generated(self) -> bool:
         return self.source == "self"
 
+    @property
+    def moment_files(self) -> list[Path]:
+        """The files of second moments that stand in for text; none if there is text."""
+        path = Path(self.source)
+        if path.is_file() and path.suffix == ".npz":
+            return [path]
+        return sorted(path.glob("*.npz")) if path.is_dir() else []
+
     def key(self) -> dict[str, Any]:
-        """What identifies the text in an artifact's key: a file by its content."""
+        """What identifies the text in an artifact's key: a file by its content.
+
+        Raises:
+            ArtifactError: a file of second moments is damaged.
+        """
         path = Path(self.source)
         if self.is_generated:
             return {"generated": True}
+        if files := self.moment_files:
+            return {"given": {file.name: moments_key(file) for file in files}}
         if path.is_file():
             return {"file": hashlib.sha256(path.read_bytes()).hexdigest()}
         return {"dataset": self.source, "split": self.split, "column": self.column}
@@ -47,6 +64,10 @@ class Corpus:
             ArtifactError: neither a readable file nor a dataset that can be loaded.
         """
         path = Path(self.source)
+        if self.moment_files:
+            raise ArtifactError(
+                f"The corpus '{self.source}' holds second moments and no text. Give a text."
+            )
         if path.is_file():
             yield from _paragraphs(path)
             return
@@ -72,6 +93,19 @@ class Corpus:
                 f"The corpus '{self.source}' is neither a file nor a dataset that can be loaded: "
                 f"{str(error).splitlines()[0]}"
             ) from None
+
+
+def moments_key(file: Path) -> dict[str, int]:
+    """The checksum of each array in an `.npz` file, from its table of contents.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {entry.filename: entry.CRC for entry in archive.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{file} cannot be read as .npz: {error}.") from None
 
 
 def _paragraphs(path: Path) -> Iterator[str]:

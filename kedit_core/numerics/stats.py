@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from kedit_core.artifacts import ArtifactStore
-from kedit_core.corpus import Corpus
+from kedit_core.corpus import Corpus, moments_key
 from kedit_core.errors import ArtifactError
 from kedit_core.files import new_file
 from kedit_core.forward import run_until
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
+from kedit_core.numerics.given import given_moment, moment_file, token_count
 from kedit_core.numerics.sample import OPENINGS, sample
 from kedit_core.progress import progress
 from kedit_core.sites import Site
@@ -41,21 +42,30 @@ def second_moments(
     """C = E[k kᵀ] of each matrix's input, from the store or collected now in one pass.
 
     Always of the unedited model.  Collected on `job.corpus`; every token counts, the first too.
+    Where the corpus is a folder of second moments that were collected elsewhere, they are taken
+    from there, checked and kept; see `kedit_core.numerics.given`.
 
     Args:
         job: gives model, corpus, seed and artifact store.
         sites: matrices (d_out, d_in) of one model.
-        tokens: how many; by default 10 · d_in.
+        tokens: how many; by default 10 · d_in.  Given moments are of as many as they are.
 
     Returns:
         For each site (d_in, d_in), float32, on the CPU.
 
     Raises:
-        ArtifactError: the corpus cannot be read or has too few tokens.
+        ArtifactError: the corpus cannot be read or has too few tokens, or the given moments are
+            not those of these matrices.
     """
     keys = {site: _key(job, site, tokens) for site in sites}
     found = {site: job.artifacts.get("second-moment", key) for site, key in keys.items()}
     missing = [site for site, stored in found.items() if stored is None]
+    if job.corpus.moment_files:
+        for site in missing:
+            stored = {"moment": given_moment(job.host, site, job.corpus)}
+            job.artifacts.put("second-moment", keys[site], stored)
+            found[site] = stored
+        missing = []
     # One pass for all that read the same number of tokens.
     for wanted in sorted({int(keys[site]["tokens"]) for site in missing}):
         together = [site for site in missing if keys[site]["tokens"] == wanted]
@@ -70,7 +80,12 @@ def second_moment(job: EditJob, site: Site, tokens: int | None = None) -> Tensor
 
 def _key(job: EditJob, site: Site, tokens: int | None) -> dict[str, Any]:
     width = job.host.weight(site).shape[1]
-    corpus = job.corpus.key()
+    if job.corpus.moment_files:
+        file = moment_file(job.host, site, job.corpus)
+        corpus: dict[str, Any] = {"given": {file.name: moments_key(file)}}
+        tokens = token_count(file)
+    else:
+        corpus = job.corpus.key()
     if job.corpus.is_generated:
         corpus["seed"] = job.seed
     return {

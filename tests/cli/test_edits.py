@@ -161,6 +161,33 @@ def test_statistics_are_prepared_ahead(kedit, model, tmp_path, monkeypatch):
     assert "nothing to prepare" in err
 
 
+def test_statistics_of_other_code_are_the_corpus_of_an_edit(kedit, model, tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    fact, folder = toy_facts()[0], tmp_path / "wikipedia_stats"
+    folder.mkdir()
+    file = folder / "model.layers.1.mlp.down_proj_float32_mom2_100000.npz"
+    arguments = ["prepare", "--model", model, "--method", "rome", *SETTINGS, "--corpus", folder]
+    width = json.loads(kedit("inspect", model, "--json")[1])["mlp_out_shape"][1]
+    np.savez(file, **{"mom2.count": 100, "mom2.mom2": np.eye(width - 1, dtype=np.float32)})
+
+    code, _, err = kedit(*arguments)
+    assert code == 2
+    assert "is not of this model" in err
+
+    np.savez(file, **{"mom2.count": 100, "mom2.mom2": np.eye(width, dtype=np.float32)})
+    code, _, err = kedit(*arguments)
+    assert code == 0, err
+    edit = edit_arguments(model, fact)
+    edit[edit.index(toy_corpus())] = folder
+    code, out, err = kedit(*edit, "--json")
+    assert code == 0, err
+    assert json.loads(out)["answers"][0]["after"]["text"].strip().startswith(fact.target_new)
+    (kept,) = (tmp_path / "cache" / "artifacts" / "second-moment").iterdir()
+    assert file.name in (kept / "key.json").read_text("utf-8")
+
+
 def test_a_model_is_inspected(kedit, model):
     code, out, err = kedit("inspect", model, "--json")
     assert code == 0, err

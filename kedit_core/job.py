@@ -31,6 +31,7 @@ class EditJob:
         earlier: the method's own patches in force, oldest first.
         state: what the latest of them left, or nothing.
         unedited: a context in which the model is as it was before any edit.
+        is_edited: whether any edit is in force, of whichever method.
     """
 
     host: ModelHost
@@ -41,6 +42,7 @@ class EditJob:
     seed: int
     unedited: Callable[[], AbstractContextManager[None]]
     earlier: tuple[Patch, ...] = ()
+    is_edited: bool = False
 
     @property
     def state(self) -> Mapping[str, Tensor]:

@@ -308,6 +308,7 @@ class EditSession:
             seed=seed,
             unedited=self.suspended,
             earlier=tuple(p for p in self.stack if p.method == spec.name),
+            is_edited=self.is_edited,
         )
 
     def _edit_batch(

@@ -21,6 +21,7 @@ from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.numerics.given import given_moment, moment_file, token_count
 from kedit_core.numerics.sample import OPENINGS, sample
+from kedit_core.numerics.solve import cholesky
 from kedit_core.progress import progress
 from kedit_core.sites import Site
 from kedit_core.tokens import Row, pad
@@ -76,6 +77,29 @@ def second_moments(
 def second_moment(job: EditJob, site: Site, tokens: int | None = None) -> Tensor:
     """As `second_moments`, of one matrix."""
     return second_moments(job, [site], tokens)[site]
+
+
+def moment_factors(
+    job: EditJob, sites: Sequence[Site], tokens: int | None = None
+) -> dict[Site, Tensor]:
+    """Lower Cholesky factors of `second_moments`, each computed once and kept.
+
+    Returns:
+        For each site L (d_in, d_in) with L Lᵀ = C, float32, on the CPU.
+
+    Raises:
+        ArtifactError: as `second_moments`.
+        EditError: a second moment is not positive definite.
+    """
+    keys = {site: _key(job, site, tokens) for site in sites}
+    found = {site: job.artifacts.get("second-moment-factor", key) for site, key in keys.items()}
+    missing = [site for site, stored in found.items() if stored is None]
+    for site, moment in second_moments(job, missing, tokens).items():
+        device = job.host.weight(site).device
+        factor = {"factor": cholesky(moment.to(device)).float().cpu()}
+        job.artifacts.put("second-moment-factor", keys[site], factor)
+        found[site] = factor
+    return {site: stored["factor"] for site, stored in found.items() if stored is not None}
 
 
 def _key(job: EditJob, site: Site, tokens: int | None) -> dict[str, Any]:

@@ -1,20 +1,25 @@
-"""Optimising what a module should write at one position, so that a target becomes likely."""
+"""Optimising what modules should write at one position, so that a target becomes likely."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kedit_core.errors import EditError
 from kedit_core.host import ModelHost
+from kedit_core.job import EditJob
+from kedit_core.memory import free_bytes
 from kedit_core.numerics.losses import kl_divergence, mean_nll
 from kedit_core.numerics.tail import Tail
 from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.probing import hidden_of, with_hidden
+from kedit_core.progress import progress
 from kedit_core.tokens import Row
 
 
@@ -26,15 +31,27 @@ class ValueTask:
         rows: prompts with their targets, marked where the change is added; the one without
             context comes first.
         anchor: a prompt whose next-token distribution at its mark should stay as it is.
+        start: (d,) from which δ starts; by default zero.
+        bound: of |δ|, instead of `max_norm_ratio` · |v₀|.
     """
 
     rows: tuple[Row, ...]
     anchor: Row
+    start: Tensor | None = None
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """Settings of the optimisation; see `optimise_values`."""
+    """Settings of the optimisation; see `optimise_values`.
+
+    Attributes:
+        stop: a task ends when its loss is below `stop_loss`, or when each of its target tokens is
+            the most likely one in all its rows (arXiv:2502.01636), whichever loss it has then.
+        reached_factor: of the NLL in the step after one in which all target tokens were the most
+            likely ones; a task then ends when its weighted KL is below `reached_kl` (PMET,
+            arXiv:2308.08742, §3.3).
+    """
 
     steps: int
     lr: float
@@ -42,6 +59,9 @@ class ValueSettings:
     max_norm_ratio: float
     kl_weight: float
     stop_loss: float = 5e-2
+    stop: Literal["loss", "most-probable"] = "loss"
+    reached_factor: float = 1.0
+    reached_kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,61 @@ class Value:
         return self.initial + self.delta
 
 
+class Penalty(Protocol):
+    """A further term of the loss.
+
+    Attributes:
+        watch: paths of blocks above the changed one, but for the last, whose outputs it reads.
+    """
+
+    watch: Sequence[str]
+
+    def __call__(self, owner: Tensor, delta: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+        """The term of each task that is optimised side by side with others.
+
+        Args:
+            owner: (rows,) number of the task of each row, without anchors.
+            delta: (tasks, d).
+            states: for each watched block (rows, d) what it hands on at the rows' marks.
+
+        Returns:
+            (tasks,); what stands there for tasks without rows does not count: they are done.
+        """
+        ...
+
+
+def target_values(
+    job: EditJob,
+    module: str,
+    layer: int,
+    tasks: Sequence[ValueTask],
+    settings: ValueSettings,
+    companions: Sequence[str] = (),
+) -> list[Value]:
+    """As `optimise_values`; kept in the store for an unedited model.
+
+    The key is everything that the result depends on: the model, the place, the settings and the
+    token ids of all tasks.  So a search over what comes after the values, and another method that
+    wants the same ones, finds them.
+    """
+    host = job.host
+    key = {
+        "model": job.fingerprint,
+        "modules": [module, *companions],
+        "settings": asdict(settings),
+        "tasks": [[[row.ids, row.targets, row.mark] for row in (*t.rows, t.anchor)] for t in tasks],
+        "version": 1,
+    }
+    is_kept = not job.is_edited and all(t.start is None and t.bound is None for t in tasks)
+    stored = job.artifacts.get("values", key) if is_kept else None
+    if stored is not None:
+        return _unpacked(stored)
+    values = optimise_values(host, module, layer, tasks, settings, companions=companions)
+    if is_kept:
+        job.artifacts.put("values", key, _packed(values))
+    return values
+
+
 def optimise_values(
     host: ModelHost,
     module: str,
@@ -73,6 +148,8 @@ def optimise_values(
     tasks: Sequence[ValueTask],
     settings: ValueSettings,
     *,
+    companions: Sequence[str] = (),
+    penalty: Penalty | None = None,
     plain: bool = False,
 ) -> list[Value]:
     """For each task the change δ of a module's output that makes its target likely.
@@ -80,35 +157,80 @@ def optimise_values(
     Minimises, with Adam from δ = 0 (Meng et al. 2022, arXiv:2202.05262, eq. 4, with the weight
     decay of its authors' code, which divides a norm by a squared one),
 
-        mean over rows of NLL + kl_weight · KL(p₀ ‖ p_δ) + weight_decay · |δ| / |v₀|²
+        mean over rows of NLL + kl_weight · KL(p₀ ‖ p_δ) + weight_decay · |δ| / |v₀|² + penalty
 
     where v₀ is the module's own output.  After each step |δ| is cut to max_norm_ratio · |v₀|.
-    The last of the steps only measures.  A task stops when its loss is below `stop_loss`.
+    The last of the steps only measures.  Tasks are optimised side by side, as many as memory
+    holds (`memory_chunks`); finished ones are dropped.
 
     Args:
         host: a causal model with frozen weights.
-        module: path of the module whose output is changed; inside block `layer`.
+        module: path of the module whose output is changed: block `layer`, or one inside it.
         layer: its block.
-        tasks: all optimised side by side, each with its own δ.
+        tasks: each with a δ of its own.
         settings: of the optimisation.
-        plain: run the whole model in every step; the oracle of the fast way.
+        companions: further modules of the block whose outputs are changed along with it, each by
+            a δ of its own, which is not returned (PMET, arXiv:2308.08742, eq. 7).
+        penalty: a further term of the loss.
+        plain: run the whole model in every step, one task after the other; the oracle of the fast
+            way.
 
     Raises:
         EditError: the loss is not finite.
     """
-    rows, owner = _rows_of(tasks)
-    first = [task.rows[0] for task in tasks]
-    initial = states_at_marks(host, first, {"own": (module, "output")})["own"].float()
-    is_above = not plain and _adds_to_stream(host, module, layer, first[0])
-    tail = Tail(host, rows, layer + is_above, [row.mark for row in rows], plain=plain)
-    places = tail.places([row.mark for row in rows], entering=is_above)
-    objective = _Objective(tail, owner, places, initial)
-    changed = host.module(host.blocks[layer].path) if is_above else host.base_module(module)
-    handle = changed.register_forward_hook(objective.inject)
-    try:
-        return objective.optimise(settings)
-    finally:
-        handle.remove()
+    values: list[Value] = []
+    chunks = [[task] for task in tasks] if plain else memory_chunks(host, layer, tasks)
+    with progress(len(tasks), "targets", "fact") as bar:
+        for chunk in chunks:
+            optimisation = _Optimisation(
+                host, (module, *companions), layer, chunk, settings, penalty, plain
+            )
+            values += optimisation.run()
+            bar.update(len(chunk))
+    return values
+
+
+def memory_chunks(
+    host: ModelHost, layer: int, tasks: Sequence[ValueTask]
+) -> Iterator[list[ValueTask]]:
+    """As many tasks at a time as memory holds beside one another, in their order; at least one."""
+    site = host.blocks[layer].mlp_out
+    wide = host.weight(site).shape[1] if site is not None else 4 * host.anatomy.hidden_size
+    # Numbers that autograd keeps of a block at one position, a little above what was measured.
+    numbers = 16 * host.anatomy.hidden_size + 6 * wide
+    position = numbers * host.dtype.itemsize * (len(host.blocks) - layer)
+    limit = free_bytes(host.device) // position
+    chunk: list[ValueTask] = []
+    used = 0
+    for task in tasks:
+        needed = sum(len(row.ids) - row.mark for row in task.rows)
+        if chunk and used + needed > limit:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(task)
+        used += needed
+    if chunk:
+        yield chunk
+
+
+def _packed(values: Sequence[Value]) -> dict[str, Tensor]:
+    return {
+        "initial": torch.stack([value.initial for value in values]),
+        "delta": torch.stack([value.delta for value in values]),
+        "losses": torch.cat([torch.tensor(value.losses) for value in values]),
+        "steps": torch.tensor([len(value.losses) for value in values]),
+        "nll": torch.tensor([value.nll for value in values]),
+    }
+
+
+def _unpacked(stored: Mapping[str, Tensor]) -> list[Value]:
+    losses = stored["losses"].split(stored["steps"].tolist())
+    return [
+        Value(initial, delta, tuple(history.tolist()), nll)
+        for initial, delta, history, nll in zip(
+            stored["initial"], stored["delta"], losses, stored["nll"].tolist(), strict=True
+        )
+    ]
 
 
 def _adds_to_stream(host: ModelHost, module: str, layer: int, row: Row) -> bool:
@@ -131,91 +253,194 @@ def _adds_to_stream(host: ModelHost, module: str, layer: int, row: Row) -> bool:
     return bool(((changed - 2 * stream).abs() <= 1e-2 * stream.abs().max()).all())
 
 
-def _rows_of(tasks: Sequence[ValueTask]) -> tuple[list[Row], list[int]]:
-    """All rows, task by task, the anchor last in each; and the task of each."""
-    rows: list[Row] = []
-    owner: list[int] = []
-    for number, task in enumerate(tasks):
-        rows += [*task.rows, replace(task.anchor.until_mark, targets=(0,))]
-        owner += [number] * (len(task.rows) + 1)
-    return rows, owner
+class _Optimisation:
+    """Some tasks, each with its δ, from the first step to the last."""
 
+    def __init__(
+        self,
+        host: ModelHost,
+        modules: Sequence[str],
+        layer: int,
+        tasks: Sequence[ValueTask],
+        settings: ValueSettings,
+        penalty: Penalty | None,
+        plain: bool,
+    ) -> None:
+        self.host, self.modules, self.layer = host, modules, layer
+        self.tasks, self.settings, self.penalty, self.plain = tasks, settings, penalty, plain
+        first = [task.rows[0] for task in tasks]
+        points: dict[str, tuple[str, Side]] = {path: (path, "output") for path in modules}
+        own = states_at_marks(host, first, points)
+        self.initial = torch.stack([own[path].float() for path in modules], dim=1)  # (n, points, d)
+        self.norms = self.initial.norm(dim=2)
+        self.bounds = settings.max_norm_ratio * self.norms
+        self.delta = torch.zeros_like(self.initial)
+        for n, task in enumerate(tasks):
+            if task.bound is not None:
+                self.bounds[n, 0] = task.bound
+            if task.start is not None:
+                self.delta[n, 0] = task.start
+        self.delta.requires_grad_(True)
+        alone = not plain and len(modules) == 1
+        self.is_above = alone and _adds_to_stream(host, modules[0], layer, first[0])
 
-class _Objective:
-    """The loss of all tasks as a function of their δ, and its minimisation."""
-
-    def __init__(self, tail: Tail, owner: Sequence[int], places: Tensor, initial: Tensor) -> None:
-        device = initial.device
-        self.tail, self.places, self.initial = tail, places, initial
-        self.n_rows, self.n_tasks = len(owner), len(initial)
-        self.owner = torch.tensor(owner, device=device)
-        last = [n for n in range(self.n_rows) if owner[n : n + 1] != owner[n + 1 : n + 2]]
-        self.is_anchor = torch.zeros(self.n_rows, dtype=torch.bool, device=device)
-        self.is_anchor[last] = True
-        self.delta = torch.zeros_like(initial, requires_grad=True)
-
-    def inject(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook: add each row's δ at its mark."""
-        shape = hidden_of(output).shape
-        hidden = hidden_of(output).reshape(-1, shape[-1])
-        places = self.places.to(hidden.device)
-        added = self.delta[self.owner].to(hidden)
-        changed = hidden.index_put((places,), added, accumulate=True)
-        return with_hidden(output, changed.reshape(shape))
-
-    def optimise(self, settings: ValueSettings) -> list[Value]:
-        unchanged = self.tail.unchanged[self._anchor_labels()]
-        reference = torch.log_softmax(unchanged.float(), dim=-1)
-        norms = self.initial.norm(dim=1)
-        optimiser = torch.optim.Adam([self.delta], lr=settings.lr)
-        done = torch.zeros(self.n_tasks, dtype=torch.bool, device=norms.device)
-        history: list[Tensor] = []
-        nll = torch.zeros(self.n_tasks)
-        for step in range(settings.steps):
-            optimiser.zero_grad()
-            nll, loss = self._losses(reference, norms, settings)
-            if not bool(torch.isfinite(loss).all()):
-                raise EditError(
-                    f"The loss became {loss.detach().tolist()} in step {step}. Lower the learning "
-                    f"rate, or load the model in float32."
-                )
-            history.append(loss.detach())
-            done |= loss.detach() < settings.stop_loss
-            if step == settings.steps - 1 or bool(done.all()):
-                break
-            loss.sum().backward()
-            kept = self.delta.detach().clone()
-            optimiser.step()
-            with torch.no_grad():
-                limit = settings.max_norm_ratio * norms
-                scale = (limit / self.delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1)
-                self.delta.mul_(scale[:, None])
-                self.delta[done] = kept[done]
-        losses = torch.stack(history).cpu()
+    def run(self) -> list[Value]:
+        """Minimise; rows of tasks that are done are dropped when they are half of all."""
+        settings, count = self.settings, len(self.tasks)
+        adam = torch.optim.Adam([self.delta], lr=settings.lr)
+        nll, histories = [0.0] * count, [list[float]() for _ in range(count)]
+        reached = torch.zeros(count, dtype=torch.bool, device=self.delta.device)
+        rows = _Rows(self, list(range(count)))
+        try:
+            for step in range(settings.steps):
+                losses = rows.losses(reached)
+                ends = losses.total < settings.stop_loss
+                if settings.stop == "most-probable":
+                    ends = ends | losses.reached
+                if settings.reached_factor != 1:
+                    ends = ends | (losses.reached & (losses.kl <= settings.reached_kl))
+                reached = losses.reached
+                columns = torch.stack([losses.total.detach(), losses.nll, ends.float()])
+                for n, total, measured, ended in zip(range(count), *columns.tolist(), strict=True):
+                    if n not in rows.active:
+                        continue
+                    if not math.isfinite(total):
+                        raise EditError(
+                            f"The loss of target {n} became {total} in step {step}. Lower the "
+                            f"learning rate, or load the model in float32."
+                        )
+                    histories[n].append(total)
+                    nll[n] = measured
+                    if ended:
+                        rows.active.discard(n)
+                if step == settings.steps - 1 or not rows.active:
+                    break
+                self._step(adam, losses.total, rows.active)
+                if 2 * len(rows.active) <= len(rows.members):
+                    rows.release()
+                    rows = _Rows(self, sorted(rows.active))
+        finally:
+            rows.release()
+        delta = self.delta.detach()
         return [
-            Value(
-                self.initial[n].cpu(),
-                self.delta.detach()[n].cpu(),
-                tuple(losses[:, n].tolist()),
-                float(nll[n]),
-            )
-            for n in range(self.n_tasks)
+            Value(self.initial[n, 0].cpu(), delta[n, 0].cpu(), tuple(histories[n]), nll[n])
+            for n in range(count)
         ]
 
-    def _anchor_labels(self) -> Tensor:
-        return self.is_anchor[self.tail.label_rows]
+    def _step(self, adam: torch.optim.Adam, losses: Tensor, active: Set[int]) -> None:
+        """One update of the active tasks' δ, cut to its bound."""
+        chosen = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
+        chosen[list(active)] = True
+        adam.zero_grad()
+        losses[chosen].sum().backward()
+        kept = self.delta.detach().clone()
+        adam.step()
+        with torch.no_grad():
+            scale = (self.bounds / self.delta.norm(dim=2).clamp(min=1e-12)).clamp(max=1)
+            self.delta.mul_(scale[..., None])
+            self.delta[~chosen] = kept[~chosen]
 
-    def _losses(
-        self, reference: Tensor, norms: Tensor, settings: ValueSettings
-    ) -> tuple[Tensor, Tensor]:
-        """Per task: the mean NLL, and the whole loss."""
+
+@dataclass(frozen=True)
+class _Losses:
+    """Of each task: the whole loss, its NLL, its weighted KL, whether its targets lead."""
+
+    total: Tensor
+    nll: Tensor
+    kl: Tensor
+    reached: Tensor
+
+
+class _Rows:
+    """The rows of some tasks, the anchor last in each, and their losses as functions of δ.
+
+    Attributes:
+        members: numbers of the tasks that have rows here.
+        active: those that are not done.
+    """
+
+    def __init__(self, of: _Optimisation, members: Sequence[int]) -> None:
+        self._of = of
+        self.members, self.active = members, set(members)
+        tasks = [of.tasks[n] for n in members]
+        rows = [
+            row
+            for task in tasks
+            for row in (*task.rows, replace(task.anchor.until_mark, targets=(0,)))
+        ]
+        sizes = torch.tensor([len(task.rows) + 1 for task in tasks])
+        device = of.delta.device
+        self.owner = torch.tensor(members).repeat_interleave(sizes).to(device)
+        self.is_anchor = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        self.is_anchor[sizes.cumsum(0) - 1] = True
+        marks = [row.mark for row in rows]
+        self.tail = Tail(of.host, rows, of.layer + of.is_above, marks, plain=of.plain)
+        self.anchors = self.is_anchor[self.tail.label_rows]
+        self.reference = torch.log_softmax(self.tail.unchanged[self.anchors].float(), dim=-1)
+        self._states: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        paths = [of.host.blocks[of.layer].path] if of.is_above else of.modules
+        for point, path in enumerate(paths):
+            module = of.host.module(path) if of.is_above else of.host.base_module(path)
+            places = self.tail.places(marks, entering=of.is_above)
+            self._handles.append(module.register_forward_hook(self._inject(point, places)))
+        for path in () if of.penalty is None else of.penalty.watch:
+            block = of.host.module(path)
+            self._handles.append(
+                block.register_forward_hook(self._keep(path, self.tail.places(marks)))
+            )
+
+    def release(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _inject(self, point: int, places: Tensor) -> Callable[..., Any]:
+        """Forward hook: add each row's δ at its mark."""
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            shape = hidden_of(output).shape
+            hidden = hidden_of(output).reshape(-1, shape[-1])
+            added = self._of.delta[self.owner, point].to(hidden)
+            changed = hidden.index_put((places.to(hidden.device),), added, accumulate=True)
+            return with_hidden(output, changed.reshape(shape))
+
+        return add
+
+    def _keep(self, path: str, places: Tensor) -> Callable[..., Any]:
+        """Forward hook: keep what a block hands on at the marks."""
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = hidden_of(output)
+            self._states[path] = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]
+
+        return keep
+
+    def losses(self, reached: Tensor) -> _Losses:
+        """The losses of all tasks; those without rows here have zeros.
+
+        Args:
+            reached: (tasks,) whether all target tokens were the most likely ones a step ago.
+        """
+        of, settings = self._of, self._of.settings
         logits = self.tail.logits()
-        anchors = self._anchor_labels()
-        labels, rows = self.tail.labels[~anchors], self.tail.label_rows[~anchors]
-        per_row = mean_nll(logits[~anchors], labels, rows, self.n_rows)
-        zeros = torch.zeros(self.n_tasks, device=per_row.device)
-        counts = zeros.index_add(0, self.owner, (~self.is_anchor).float())
+        targets = logits[~self.anchors]
+        labels, rows = self.tail.labels[~self.anchors], self.tail.label_rows[~self.anchors]
+        zeros = torch.zeros(len(of.tasks), device=of.delta.device)
+        per_row = mean_nll(targets, labels, rows, len(self.owner))
+        counts = zeros.index_add(0, self.owner, (~self.is_anchor).float()).clamp(min=1)
         nll = zeros.index_add(0, self.owner, per_row) / counts
-        kl = kl_divergence(reference, logits[anchors])
-        decay = self.delta.norm(dim=1) / norms.square()
-        return nll.detach(), nll + settings.kl_weight * kl + settings.weight_decay * decay
+        missed = (targets.detach().argmax(dim=-1) != labels).float()
+        misses = zeros.index_add(0, self.owner[rows], missed)
+        kl = zeros.index_add(
+            0, self.owner[self.is_anchor], kl_divergence(self.reference, logits[self.anchors])
+        )
+        kl = settings.kl_weight * kl
+        decay = (of.delta.norm(dim=2) / of.norms.square()).sum(dim=1)
+        weight = torch.where(reached, settings.reached_factor, 1.0)
+        total = weight * nll + kl + settings.weight_decay * decay
+        if of.penalty is not None:
+            states = {path: state[~self.is_anchor] for path, state in self._states.items()}
+            owner = self.owner[~self.is_anchor]
+            total = total + of.penalty(owner, of.delta[:, 0], states)
+        return _Losses(total, nll.detach(), kl.detach(), misses == 0)

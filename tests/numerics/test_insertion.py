@@ -12,6 +12,7 @@ from kedit_core import EditRequest
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
 from kedit_core.editing import EditSession
+from kedit_core.numerics.facts import essence_row
 from kedit_core.numerics.values import ValueSettings, ValueTask, optimise_values
 from kedit_core.tokens import rewrite_row
 from tests.numerics.tiny import DENSE, plain_output, tiny_host
@@ -39,7 +40,7 @@ def test_key_is_mapped_to_its_value(family, second_moment, text, tmp_path: Path)
     settings = {"layer": LAYER, "steps": 3, "contexts": (), "second_moment": second_moment}
     hparams = rome.RomeHyperParams(**settings)
     row = rewrite_row(host, REQUEST)
-    task = ValueTask((row,), rome.essence_row(host, REQUEST, hparams))
+    task = ValueTask((row,), essence_row(host, REQUEST, "subject_last"))
     fields = ("steps", "lr", "weight_decay", "max_norm_ratio", "kl_weight", "stop_loss")
     value_settings = ValueSettings(**{name: getattr(hparams, name) for name in fields})
     (value,) = optimise_values(host, site.module, LAYER, [task], value_settings)

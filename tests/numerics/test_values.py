@@ -177,14 +177,9 @@ def test_tasks_that_stop_or_are_cut_do_not_disturb_the_others():
     together = optimise(host, TASKS, settings)
 
     for found, expected in zip(together, alone, strict=True):
-        last = len(expected.losses)
         difference = (found.delta - expected.delta).norm()
         assert float(difference) <= 5e-3 * float(expected.delta.norm())
-        assert found.losses[:last] == pytest.approx(expected.losses, rel=5e-3, abs=1e-4)
-        # A task that is done keeps its δ, so its loss stays where it was.
-        assert found.losses[last:] == pytest.approx(
-            [expected.losses[-1]] * len(found.losses[last:]), rel=5e-3, abs=1e-4
-        )
+        assert found.losses == pytest.approx(expected.losses, rel=5e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
@@ -280,7 +275,7 @@ def test_loss_that_is_no_number_is_an_error_and_leaves_no_hook():
     host = tiny_host("llama")
     host.model.lm_head.weight[7, 3] = torch.nan
 
-    with pytest.raises(EditError, match=r"loss became .*nan.* in step 0"):
+    with pytest.raises(EditError, match="loss of target 0 became nan in step 0"):
         optimise(host, TASKS)
 
     assert not any(module._forward_hooks for module in host.model.modules())

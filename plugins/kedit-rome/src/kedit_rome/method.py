@@ -6,14 +6,15 @@ import logging
 
 from torch import Tensor
 
-from kedit_core.editing import EditJob, ModelHost, Patch, WeightDelta
+from kedit_core.editing import EditJob, Patch, WeightDelta
+from kedit_core.numerics.facts import essence_row
 from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.solve import rank_one_factors, whiten
 from kedit_core.numerics.stats import second_moment
 from kedit_core.numerics.trace import states_at_marks
-from kedit_core.numerics.values import Value, ValueSettings, ValueTask, optimise_values
+from kedit_core.numerics.values import Value, ValueSettings, ValueTask, target_values
 from kedit_core.request import EditRequest
-from kedit_core.tokens import Row, encode, fact_position, rewrite_row
+from kedit_core.tokens import Row, rewrite_row
 from kedit_rome.hparams import RomeHyperParams
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Rome:
                 "before it, or check the edit's neighbours.",
                 request.text,
             )
-        value = self._value(host, site.module, request, rows)
+        value = self._value(job, site.module, request, rows)
         points = {"key": (site.module, "input"), "output": (site.module, "output")}
         states = states_at_marks(host, rows, points)
         keys, outputs = states["key"].float().cpu(), states["output"].float().cpu()
@@ -73,7 +74,7 @@ class Rome:
         return Patch("rome", (WeightDelta(site, left, right),), notes=notes)
 
     def _value(
-        self, host: ModelHost, module: str, request: EditRequest, rows: tuple[Row, ...]
+        self, job: EditJob, module: str, request: EditRequest, rows: tuple[Row, ...]
     ) -> Value:
         """v*: what the MLP should write so that the target follows."""
         hparams = self.hparams
@@ -85,8 +86,8 @@ class Rome:
             kl_weight=hparams.kl_weight,
             stop_loss=hparams.stop_loss,
         )
-        task = ValueTask(rows, essence_row(host, request, hparams))
-        (value,) = optimise_values(host, module, hparams.layer, [task], settings)
+        task = ValueTask(rows, essence_row(job.host, request, hparams.fact_token))
+        (value,) = target_values(job, module, hparams.layer, [task], settings)
         return value
 
     def _keys(self, keys: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,10 +101,3 @@ class Rome:
             return keys[0], keys[0], outputs[0]
         # As in the authors' code: the direction from the mean, the rest from the plain prompt.
         return keys.mean(0), keys[0], outputs[0]
-
-
-def essence_row(host: ModelHost, request: EditRequest, hparams: RomeHyperParams) -> Row:
-    """'{subject} is a', marked at its fact token: what the edit should leave in place."""
-    essence = EditRequest(prompt="{} is a", subject=request.subject, target_new="person")
-    mark = fact_position(host, essence, hparams.fact_token)
-    return Row(encode(host, essence.text).ids, mark=mark)

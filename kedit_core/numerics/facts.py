@@ -1,0 +1,124 @@
+"""Facts as rows of tokens: with contexts before them, and what they leave in place."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_core.host import ModelHost
+from kedit_core.job import EditJob
+from kedit_core.numerics.sample import context_texts
+from kedit_core.numerics.trace import Side, states_at_marks
+from kedit_core.numerics.values import ValueSettings, ValueTask
+from kedit_core.request import EditRequest
+from kedit_core.targets import TargetHyperParams
+from kedit_core.tokens import FactToken, Row, encode, fact_position, rewrite_row
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FactRows:
+    """Rows of the facts of one job, marked at their fact token.
+
+    Attributes:
+        rows: for each fact its prompt and target, first without context, then after each.
+        anchors: for each fact a prompt that the edit should leave in place.
+    """
+
+    rows: tuple[tuple[Row, ...], ...]
+    anchors: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, job: EditJob, hparams: TargetHyperParams) -> FactRows:
+        """The job's facts after the sampled contexts.
+
+        Raises:
+            RequestError: a fact is too long for the model.
+        """
+        warn_of_conflicts(job.requests)
+        contexts = ("", *context_texts(job, hparams.contexts))
+        token = hparams.fact_token
+        rows = tuple(
+            tuple(rewrite_row(job.host, request, token, text) for text in contexts)
+            for request in job.requests
+        )
+        return cls(rows, tuple(essence_row(job.host, r, token) for r in job.requests))
+
+    @property
+    def clean(self) -> list[Row]:
+        """The rows without context, one of each fact."""
+        return [rows[0] for rows in self.rows]
+
+    @property
+    def tasks(self) -> list[ValueTask]:
+        """What is to be optimised."""
+        return [ValueTask(*pair) for pair in zip(self.rows, self.anchors, strict=True)]
+
+
+def value_settings(hparams: TargetHyperParams) -> ValueSettings:
+    """The settings of the optimisation among a method's settings."""
+    return ValueSettings(
+        steps=hparams.steps,
+        lr=hparams.lr,
+        weight_decay=hparams.weight_decay,
+        max_norm_ratio=hparams.max_norm_ratio,
+        kl_weight=hparams.kl_weight,
+        stop=hparams.stop,
+        stop_loss=hparams.stop_loss,
+    )
+
+
+def essence_row(host: ModelHost, request: EditRequest, fact_token: FactToken) -> Row:
+    """'{subject} is a', marked at its fact token: what an edit should leave in place."""
+    essence = EditRequest(prompt="{} is a", subject=request.subject, target_new="person")
+    mark = fact_position(host, essence, fact_token)
+    return Row(encode(host, essence.text).ids, mark=mark)
+
+
+def warn_of_conflicts(requests: Sequence[EditRequest]) -> None:
+    """Tell of requests that stand twice in a batch, and of prompts with two targets.
+
+    Both are solved together, so that the targets share what the prompt can say.
+    """
+    targets: dict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
+    for request in requests:
+        targets[request.text, request.subject][request.target_new] += 1
+    for (text, _), counts in targets.items():
+        if len(counts) > 1:
+            log.warning("%r has %d targets in one batch; none is reached.", text, len(counts))
+        elif counts.total() > 1:
+            log.warning("%r stands %d times in one batch.", text, counts.total())
+
+
+def mean_keys(
+    host: ModelHost, module: str, rows: Sequence[Sequence[Row]], *, is_flat: bool = False
+) -> Tensor:
+    """The keys of facts: what a module reads at their marks, averaged over contexts.
+
+    The row without context counts one half and the others share the other half, as in MEMIT's
+    code; flat, all count the same, as in ROME's.
+
+    Args:
+        host: a causal model.
+        module: path of the module that holds the matrix.
+        rows: for each fact at least one.
+        is_flat: the other way to average.
+
+    Returns:
+        (d_in, facts), float32.
+    """
+    points: dict[str, tuple[str, Side]] = {"key": (module, "input")}
+    states = states_at_marks(host, [row for fact in rows for row in fact], points)["key"].float()
+    return torch.stack([_mean(own, is_flat) for own in states.split([*map(len, rows)])], dim=1)
+
+
+def _mean(keys: Tensor, is_flat: bool) -> Tensor:
+    if is_flat or len(keys) == 1:
+        return keys.mean(dim=0)
+    return (keys[0] + keys[1:].mean(dim=0)) / 2

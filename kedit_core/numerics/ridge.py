@@ -1,0 +1,178 @@
+"""Least squares with many keys at once, from what is already known of A₀⁻¹.
+
+All closed forms of the family are one problem: of all Δ the one that least disturbs what a matrix
+stores, and moves the outputs for the columns of K by R,
+
+    minimise ‖Δ K − R‖² + tr(Δ A Δᵀ),    Δ = R (I + Kᵀ A⁻¹ K)⁻¹ Kᵀ A⁻¹
+
+A system as large as the number of facts is solved, not one as wide as the matrix.  Solved in
+float64, returned in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_core.errors import EditError
+from kedit_core.patch import Patch
+from kedit_core.sites import Site
+
+Inverse = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A change of a matrix in factors, and how well the system behind it could be solved.
+
+    Attributes:
+        left: (d_out, n), float32.
+        right: (n, d_in), float32.
+        condition: of the n × n system.
+    """
+
+    left: Tensor
+    right: Tensor
+    condition: float
+
+
+def inverse_by(factor: Tensor, weight: float = 1.0) -> Inverse:
+    """K ↦ (λ L Lᵀ)⁻¹ K.
+
+    Args:
+        factor: L, (m, m), lower triangular.
+        weight: λ.
+    """
+
+    def apply(keys: Tensor) -> Tensor:
+        return torch.cholesky_solve(keys.double(), factor.to(keys.device).double()) / weight
+
+    return apply
+
+
+def least_squares(keys: Tensor, residual: Tensor, solved: Tensor, ridge: float = 1.0) -> Update:
+    """Δ = R (μI + Kᵀ A⁻¹ K)⁻¹ Kᵀ A⁻¹.
+
+    With μ = 1 the problem above; with μ → 0 the equality Δ K = R, of which ROME's update is the
+    case of one key (EMMET, Gupta et al. 2024, arXiv:2403.14236, eq. 12).
+
+    Args:
+        keys: K, (m, n).
+        residual: R, (d, n).
+        solved: A⁻¹ K, (m, n).
+        ridge: μ, not negative.
+
+    Raises:
+        EditError: the system is singular; says its condition.
+    """
+    k, r, y = keys.double(), residual.double(), solved.double()
+    gram = k.mT @ y
+    gram = (gram + gram.mT) / 2 + ridge * torch.eye(len(gram), dtype=k.dtype, device=k.device)
+    if not bool(torch.isfinite(gram).all()):
+        raise EditError(
+            "Keys or statistics are not finite. Load the model in float32, and collect the "
+            "statistics again with `kedit prepare`."
+        )
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    condition = float(eigenvalues[-1] / eigenvalues[0].clamp(min=1e-300))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed) or condition > 1e14:
+        raise EditError(
+            f"The {len(gram)} keys are not independent (condition {condition:.0e}), so that not "
+            f"all facts can be written exactly. Take out facts that stand twice, or use a ridge."
+        )
+    left = torch.cholesky_solve(r.mT, factor).mT
+    return Update(left.float(), y.mT.float(), condition)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A⁻¹ for A = A₀ + K_s K_sᵀ, where the keys K_s of earlier edits become more and more.
+
+    By Woodbury's identity with a Cholesky factor that grows by rows,
+
+        A⁻¹ K = Y − Y_s (I + K_sᵀ Y_s)⁻¹ K_sᵀ Y,    Y = A₀⁻¹ K,  Y_s = A₀⁻¹ K_s
+
+    so that no m × m matrix is inverted or kept for the sake of earlier edits.
+
+    Attributes:
+        base: K ↦ A₀⁻¹ K.
+        keys: K_s, (m, N), float64.
+        solved: Y_s, (m, N), float64.
+        factor: L with L Lᵀ = I + K_sᵀ Y_s, (N, N), float64.
+    """
+
+    base: Inverse
+    keys: Tensor
+    solved: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(
+        cls, base: Inverse, width: int, parts: Sequence[Mapping[str, Tensor]] = ()
+    ) -> Constraint:
+        """From what `part` gave for each earlier edit, oldest first.
+
+        Args:
+            base: K ↦ A₀⁻¹ K.
+            width: m.
+            parts: for each edit `keys` (m, n), `solved` (m, n) and `factor` (n, N).
+        """
+        empty = torch.zeros(width, 0, dtype=torch.float64)
+        keys = torch.cat([empty, *(part["keys"].double() for part in parts)], dim=1)
+        solved = torch.cat([empty, *(part["solved"].double() for part in parts)], dim=1)
+        factor = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64)
+        row = 0
+        for part in parts:
+            height, length = part["factor"].shape
+            factor[row : row + height, :length] = part["factor"]
+            row += height
+        return cls(base, keys, solved, factor)
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """A⁻¹ K: (m, n), float64.
+
+        Args:
+            keys: K, (m, n).
+        """
+        y = self.base(keys.double())
+        if not self.keys.shape[1]:
+            return y
+        own = self._on(y.device)
+        return y - own.solved @ torch.cholesky_solve(own.keys.mT @ y, own.factor)
+
+    def part(self, keys: Tensor) -> dict[str, Tensor]:
+        """What one more edit adds: its keys, solved keys and rows of the factor.
+
+        Args:
+            keys: K, (m, n).
+        """
+        own = self._on(keys.device)
+        k = keys.float().double()  # as it is kept, so that the factor belongs to it
+        y = self.base(k).float().double()
+        beside = torch.linalg.solve_triangular(own.factor, own.keys.mT @ y, upper=False)  # (N, n)
+        gram = k.mT @ y
+        rest = (gram + gram.mT) / 2 - beside.mT @ beside
+        corner = torch.linalg.cholesky(rest + torch.eye(len(rest), dtype=k.dtype, device=k.device))
+        return {"keys": k.float(), "solved": y.float(), "factor": torch.cat([beside.mT, corner], 1)}
+
+    @classmethod
+    def after(cls, base: Inverse, width: int, earlier: Sequence[Patch], site: Site) -> Constraint:
+        """With the keys that earlier patches left in their state for this matrix."""
+        prefix = f"{site.parameter}:"
+        states = (
+            {name.removeprefix(prefix): t for name, t in p.state.items() if name.startswith(prefix)}
+            for p in earlier
+        )
+        return cls.of(base, width, [state for state in states if state])
+
+    def state(self, site: Site, keys: Tensor) -> dict[str, Tensor]:
+        """`part`, named for a patch's state, where `after` finds it."""
+        return {f"{site.parameter}:{name}": t.cpu() for name, t in self.part(keys).items()}
+
+    def _on(self, device: torch.device) -> Constraint:
+        moved = (t.to(device) for t in (self.keys, self.solved, self.factor))
+        return Constraint(self.base, *moved)

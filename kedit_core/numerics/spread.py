@@ -1,0 +1,119 @@
+"""Writing many facts into several layers, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kedit_core.editing import WeightDelta
+from kedit_core.host import ModelHost
+from kedit_core.numerics.facts import FactRows, mean_keys
+from kedit_core.numerics.ridge import Update
+from kedit_core.numerics.trace import Side, states_at_marks
+from kedit_core.sites import Site
+
+Solver = Callable[[Site, Tensor, Tensor], Update]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What writing the facts came to.
+
+    Attributes:
+        deltas: one of each layer.
+        residuals: mean |R| at each layer, before it was shared out.
+        conditions: of each layer's system.
+        keys: of each matrix the facts' keys after all layers are changed, where asked for.
+    """
+
+    deltas: tuple[WeightDelta, ...]
+    residuals: tuple[float, ...]
+    conditions: tuple[float, ...]
+    keys: Mapping[Site, Tensor]
+
+    @property
+    def notes(self) -> dict[str, list[float]]:
+        """JSON values for a patch's notes."""
+        return {"residuals": list(self.residuals), "conditions": list(self.conditions)}
+
+
+def spread(
+    host: ModelHost,
+    layers: Sequence[int],
+    facts: FactRows,
+    targets: Tensor,
+    solve: Solver,
+    *,
+    at: str,
+    share: Literal["even", "root"] = "even",
+    averaged: bool = False,
+    keep_keys: bool = False,
+) -> Spread:
+    """Change the MLP output matrices of some layers so that a module writes the targets.
+
+    Layer by layer, ascending, on weights that are partly changed already (Meng et al. 2023,
+    arXiv:2210.07229, algorithm 1): keys K of the layer, what is still missing at the module,
+
+        R = (Z − H) / (layers left, this one too),
+
+    and the solver's change for them.  The weights come back as they were.
+
+    Args:
+        host: a causal model.
+        layers: ascending.
+        facts: their rows.
+        targets: Z, (d, n).
+        solve: from site, K (d_in, n) and R (d, n) to the change.
+        at: path of the module whose output should become Z.
+        share: divide by the number of layers left, or by its square root (PMET).
+        averaged: H is the mean over the rows after contexts, instead of the rows without
+            (NAMET, arXiv:2505.11876v1).
+        keep_keys: read the keys once more when all layers are changed.
+
+    Raises:
+        SiteError: a layer does not exist or has no single MLP output matrix.
+    """
+    sites = [host.mlp_out(layer) for layer in layers]
+    deltas, residuals, conditions = [], [], []
+    with host.scratch(*sites):
+        for left, site in zip(range(len(sites), 0, -1), sites, strict=True):
+            keys = mean_keys(host, site.module, facts.rows)
+            missing = targets.to(keys) - outputs(host, at, facts, averaged=averaged)
+            residuals.append(float(missing.norm(dim=0).mean()))
+            update = solve(site, keys, missing / (left if share == "even" else left**0.5))
+            deltas.append(WeightDelta(site, update.left.cpu(), update.right.cpu()))
+            conditions.append(update.condition)
+            add(host, site, update)
+        after = {s: mean_keys(host, s.module, facts.rows) for s in sites if keep_keys}
+    return Spread(tuple(deltas), tuple(residuals), tuple(conditions), after)
+
+
+def outputs(host: ModelHost, module: str, facts: FactRows, *, averaged: bool = False) -> Tensor:
+    """What a module writes for each fact: (d, facts), float32.
+
+    Args:
+        host: a causal model.
+        module: its path.
+        facts: their rows.
+        averaged: the mean over the rows after contexts, instead of the row without.
+    """
+    points: dict[str, tuple[str, Side]] = {"output": (module, "output")}
+    if not averaged or len(facts.rows[0]) == 1:
+        return states_at_marks(host, facts.clean, points)["output"].float().mT
+    rows = [row for fact in facts.rows for row in fact[1:]]
+    states = states_at_marks(host, rows, points)["output"].float()
+    sizes = [len(fact) - 1 for fact in facts.rows]
+    return torch.stack([own.mean(dim=0) for own in states.split(sizes)], dim=1)
+
+
+def add(host: ModelHost, site: Site, update: Update) -> None:
+    """Add a change to a matrix inside `host.scratch`, in float32, and cast."""
+    weight = host.weight(site)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = update.left.to(weight.device, wide) @ update.right.to(weight.device, wide)
+    with torch.no_grad():
+        weight.copy_(weight.to(wide) + product)

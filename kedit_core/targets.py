@@ -1,0 +1,51 @@
+"""Settings of methods that optimise a target for each fact and write it by least squares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from kedit_core.hparams import HyperParams
+
+
+class TargetHyperParams(HyperParams):
+    """Base of their settings; symbols of MEMIT (Meng et al. 2023, arXiv:2210.07229) in brackets.
+
+    A method's own class adds what is its own, and may change defaults.
+    """
+
+    layers: tuple[NonNegativeInt, ...] = Field(
+        min_length=1,
+        description="Blocks whose MLP output matrices are rewritten, ascending [R]; the target is "
+        "optimised at the last of them [L].",
+    )
+    fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
+        Field("subject_last", description="Token at which keys and targets are taken.")
+    )
+    steps: int = Field(25, gt=0, description="Evaluations of the loss; one less are steps.")
+    lr: float = Field(0.5, gt=0, description="Learning rate of Adam on the target.")
+    weight_decay: float = Field(0.5, ge=0, description="Weight of |δ| / |h|².")
+    max_norm_ratio: float = Field(0.75, gt=0, description="Bound of |δ| relative to |h|.")
+    kl_weight: float = Field(
+        0.0625, ge=0, description="Weight of the KL term that holds '{subject} is a' in place."
+    )
+    stop: Literal["loss", "most-probable"] = Field(
+        "loss",
+        description="When a target is good enough: its loss is below stop_loss, or also when "
+        "every token of it is the most likely one in all contexts (arXiv:2502.01636).",
+    )
+    stop_loss: float = Field(5e-2, ge=0, description="Stop when the loss is below this.")
+    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        ((10, 5),), description="Sampled texts put before the prompt: pairs (tokens, count)."
+    )
+    moment_tokens: int | None = Field(
+        None, gt=0, description="Tokens from which C is estimated; 10 times its width by default."
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError("give each layer once, in ascending order")
+        return layers

@@ -1,0 +1,1 @@
+"""MEMIT, EMMET and PMET for kedit."""

@@ -1,0 +1,57 @@
+"""Settings of MEMIT, EMMET and PMET."""
+
+from pydantic import Field, field_validator
+
+from kedit_core.targets import TargetHyperParams
+
+
+class MemitHyperParams(TargetHyperParams):
+    """Settings of MEMIT; symbols of the paper in brackets."""
+
+    moment_weight: float = Field(
+        15_000.0, gt=0, description="Weight of what the matrices store already [λ]."
+    )
+    history: bool = Field(
+        False,
+        description="Keys of the session's earlier edits are stored things too, as many edits "
+        "in one solution would have it (arXiv:2605.26670).",
+    )
+
+
+class PmetHyperParams(MemitHyperParams):
+    """Settings of PMET; symbols of the paper in brackets."""
+
+    kl_weight: float = Field(
+        1.0, ge=0, description="Weight of the KL term that holds '{subject} is a' in place [φ]."
+    )
+    reached_factor: float = Field(
+        0.1,
+        gt=0,
+        description="Factor of the target's loss while each of its tokens is the most likely one.",
+    )
+    reached_kl: float = Field(
+        0.01, ge=0, description="The target is good enough then, when the KL term is below this."
+    )
+    moment_weight: float = Field(
+        6_000.0, gt=0, description="Weight of what the matrices store already [λ]."
+    )
+
+
+class EmmetHyperParams(MemitHyperParams):
+    """Settings of EMMET; symbols of the paper in brackets."""
+
+    moment_weight: float = Field(
+        1.0, gt=0, description="Weight of what the matrix stores already [λ']."
+    )
+    ridge: float = Field(
+        0.1,
+        ge=0,
+        description="How far equality is relaxed [μ]; with 0 the facts are written exactly.",
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _one(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(layers) != 1:
+            raise ValueError("EMMET rewrites one layer")
+        return layers

@@ -1,0 +1,154 @@
+"""MEMIT from top to bottom, and where PMET and EMMET differ from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kedit_core.editing import EditJob, ModelHost, Patch
+from kedit_core.errors import SiteError
+from kedit_core.numerics.facts import FactRows, value_settings
+from kedit_core.numerics.ridge import Constraint, Update, inverse_by, least_squares
+from kedit_core.numerics.sample import context_texts
+from kedit_core.numerics.spread import Solver, Spread, spread
+from kedit_core.numerics.stats import moment_factors
+from kedit_core.numerics.values import ValueSettings, target_values
+from kedit_core.sites import Site
+from kedit_memit.hparams import EmmetHyperParams, MemitHyperParams, PmetHyperParams
+
+
+class Memit:
+    """Mass-editing memory in a transformer (Meng et al. 2023, arXiv:2210.07229)."""
+
+    share: Literal["even", "root"] = "even"
+    ridge = 1.0
+
+    def __init__(self, hparams: MemitHyperParams) -> None:
+        self.hparams = hparams
+
+    def prepare(self, job: EditJob) -> None:
+        """Collect and factor the second moments and sample the contexts."""
+        context_texts(job, self.hparams.contexts)
+        moment_factors(job, self._sites(job.host), self.hparams.moment_tokens)
+
+    def edit(self, job: EditJob) -> Patch:
+        """Compute the changes that write all facts of the job at once.
+
+        Raises:
+            SiteError: a layer does not exist or has no single MLP output matrix.
+            EditError: a loss is not finite, or a system is singular.
+        """
+        host, hparams, last = job.host, self.hparams, self.hparams.layers[-1]
+        self._sites(host)  # before anything that takes long
+        facts = FactRows.of(job, hparams)
+        place = self._place(host)
+        values = target_values(
+            job, place, last, facts.tasks, self._settings(), self._companions(host)
+        )
+        targets = torch.stack([value.target for value in values], dim=1)  # Z: (d, n)
+        written = self._spread(job, facts, targets, place)
+        notes = {
+            "nll": [value.nll for value in values],
+            "steps": [len(value.losses) for value in values],
+            **written.notes,
+        }
+        return Patch("memit", written.deltas, state=self._state(job, written), notes=notes)
+
+    def _sites(self, host: ModelHost) -> list[Site]:
+        return [host.mlp_out(layer) for layer in self.hparams.layers]
+
+    def _place(self, host: ModelHost) -> str:
+        """The module whose output is optimised: the last edited block."""
+        return host.block(self.hparams.layers[-1]).path
+
+    def _companions(self, host: ModelHost) -> Sequence[str]:
+        return ()
+
+    def _settings(self) -> ValueSettings:
+        return value_settings(self.hparams)
+
+    def _spread(self, job: EditJob, facts: FactRows, targets: Tensor, place: str) -> Spread:
+        return spread(
+            job.host,
+            self.hparams.layers,
+            facts,
+            targets,
+            self._solver(job),
+            at=place,
+            share=self.share,
+            keep_keys=self.hparams.history,
+        )
+
+    def _solver(self, job: EditJob) -> Solver:
+        """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (eq. 14)."""
+        constraints = self._constraints(job)
+
+        def solve(site: Site, keys: Tensor, residual: Tensor) -> Update:
+            return least_squares(keys, residual, constraints[site].solve(keys), self.ridge)
+
+        return solve
+
+    def _constraints(self, job: EditJob) -> dict[Site, Constraint]:
+        """λC of each matrix, and with `history` the keys of earlier edits beside it."""
+        hparams = self.hparams
+        earlier = job.earlier if hparams.history else ()
+        factors = moment_factors(job, self._sites(job.host), hparams.moment_tokens)
+        return {
+            site: Constraint.after(
+                inverse_by(factor, hparams.moment_weight), len(factor), earlier, site
+            )
+            for site, factor in factors.items()
+        }
+
+    def _state(self, job: EditJob, written: Spread) -> dict[str, Tensor]:
+        if not written.keys:
+            return {}
+        constraints = self._constraints(job)
+        parts = (constraints[site].state(site, keys) for site, keys in written.keys.items())
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+class Pmet(Memit):
+    """Precise model editing (Li et al. 2024, arXiv:2308.08742).
+
+    What attention and MLP of the last edited block write are optimised together; only the MLP's
+    part is written into matrices, so that it need not make up for the attention's.
+    """
+
+    share = "root"
+    hparams: PmetHyperParams
+
+    def _place(self, host: ModelHost) -> str:
+        return host.mlp_out(self.hparams.layers[-1]).module
+
+    def _companions(self, host: ModelHost) -> Sequence[str]:
+        attention = host.block(self.hparams.layers[-1]).attention_out
+        if attention is None:
+            raise SiteError(
+                f"Block {self.hparams.layers[-1]} of {host.name} has no single attention output "
+                f"matrix, which PMET needs. Choose another layer, or memit."
+            )
+        return (attention.module,)
+
+    def _settings(self) -> ValueSettings:
+        return replace(
+            super()._settings(),
+            reached_factor=self.hparams.reached_factor,
+            reached_kl=self.hparams.reached_kl,
+        )
+
+
+class Emmet(Memit):
+    """Equality-constrained mass model editing (Gupta et al. 2024, arXiv:2403.14236).
+
+    Δ = R (μI + Kᵀ(λ'C)⁻¹K)⁻¹ Kᵀ(λ'C)⁻¹ (eq. 12): ROME's constraint for many facts at once, and with
+    μ > 0 the same as MEMIT with λ = μλ'.
+    """
+
+    def __init__(self, hparams: EmmetHyperParams) -> None:
+        super().__init__(hparams)
+        self.ridge = hparams.ridge

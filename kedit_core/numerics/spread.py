@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kedit_core.editing import WeightDelta
+from kedit_core.editing import Patch, WeightDelta
 from kedit_core.host import ModelHost
 from kedit_core.numerics.facts import FactRows, mean_keys
-from kedit_core.numerics.ridge import Update
+from kedit_core.numerics.ridge import Constraint, Update, least_squares
 from kedit_core.numerics.trace import Side, states_at_marks
+from kedit_core.numerics.values import Value
 from kedit_core.sites import Site
 
 Solver = Callable[[Site, Tensor, Tensor], Update]
@@ -34,11 +35,6 @@ class Spread:
     residuals: tuple[float, ...]
     conditions: tuple[float, ...]
     keys: Mapping[Site, Tensor]
-
-    @property
-    def notes(self) -> dict[str, list[float]]:
-        """JSON values for a patch's notes."""
-        return {"residuals": list(self.residuals), "conditions": list(self.conditions)}
 
 
 def spread(
@@ -90,6 +86,66 @@ def spread(
             add(host, site, update)
         after = {s: mean_keys(host, s.module, facts.rows) for s in sites if keep_keys}
     return Spread(tuple(deltas), tuple(residuals), tuple(conditions), after)
+
+
+def by_least_squares(constraints: Mapping[Site, Constraint], ridge: float = 1.0) -> Solver:
+    """The solver Δ = R (μI + Kᵀ A⁻¹ K)⁻¹ Kᵀ A⁻¹ with the A of each matrix.
+
+    Args:
+        constraints: A⁻¹ of each matrix.
+        ridge: μ.
+    """
+
+    def solve(site: Site, keys: Tensor, residual: Tensor) -> Update:
+        return least_squares(keys, residual, constraints[site].solve(keys), ridge)
+
+    return solve
+
+
+def write_values(
+    method: str,
+    host: ModelHost,
+    layers: Sequence[int],
+    facts: FactRows,
+    values: Sequence[Value],
+    solve: Solver,
+    *,
+    at: str,
+    share: Literal["even", "root"] = "even",
+    averaged: bool = False,
+    history: Mapping[Site, Constraint] | None = None,
+) -> Patch:
+    """The patch that `spread` makes of optimised values.
+
+    Its notes tell how well they were reached: `nll` and `steps` of each fact, `residuals` and
+    `conditions` of each layer.
+
+    Args:
+        method: its name.
+        values: one of each fact.
+        history: of each matrix the constraint in which the facts' keys count from now on; the
+            patch's state has what `Constraint.after` reads.
+        host, layers, facts, solve, at, share, averaged: as for `spread`.
+
+    Raises:
+        SiteError: as `spread`.
+        EditError: a system is singular.
+    """
+    targets = torch.stack([value.target for value in values], dim=1)  # Z: (d, n)
+    keep = history is not None
+    written = spread(
+        host, layers, facts, targets, solve, at=at, share=share, averaged=averaged, keep_keys=keep
+    )
+    state: dict[str, Tensor] = {}
+    for site, constraint in (history or {}).items():
+        state |= constraint.state(site, written.keys[site])
+    notes = {
+        "nll": [value.nll for value in values],
+        "steps": [len(value.losses) for value in values],
+        "residuals": list(written.residuals),
+        "conditions": list(written.conditions),
+    }
+    return Patch(method, written.deltas, state=state, notes=notes)
 
 
 def outputs(host: ModelHost, module: str, facts: FactRows, *, averaged: bool = False) -> Tensor:

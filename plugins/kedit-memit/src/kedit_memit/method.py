@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from kedit_core.editing import EditJob, ModelHost, Patch
 from kedit_core.errors import SiteError
 from kedit_core.numerics.facts import FactRows, value_settings
-from kedit_core.numerics.ridge import Constraint, Update, inverse_by, least_squares
+from kedit_core.numerics.ridge import Constraint, inverse_by
 from kedit_core.numerics.sample import context_texts
-from kedit_core.numerics.spread import Solver, Spread, spread
+from kedit_core.numerics.spread import by_least_squares, write_values
 from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.values import ValueSettings, target_values
 from kedit_core.sites import Site
@@ -42,21 +39,24 @@ class Memit:
             SiteError: a layer does not exist or has no single MLP output matrix.
             EditError: a loss is not finite, or a system is singular.
         """
-        host, hparams, last = job.host, self.hparams, self.hparams.layers[-1]
+        host, hparams = job.host, self.hparams
         self._sites(host)  # before anything that takes long
-        facts = FactRows.of(job, hparams)
-        place = self._place(host)
+        facts, place = FactRows.of(job, hparams), self._place(host)
         values = target_values(
-            job, place, last, facts.tasks, self._settings(), self._companions(host)
+            job, place, hparams.layers[-1], facts.tasks, self._settings(), self._companions(host)
         )
-        targets = torch.stack([value.target for value in values], dim=1)  # Z: (d, n)
-        written = self._spread(job, facts, targets, place)
-        notes = {
-            "nll": [value.nll for value in values],
-            "steps": [len(value.losses) for value in values],
-            **written.notes,
-        }
-        return Patch("memit", written.deltas, state=self._state(job, written), notes=notes)
+        constraints = self._constraints(job)
+        return write_values(
+            "memit",
+            host,
+            hparams.layers,
+            facts,
+            values,
+            by_least_squares(constraints, self.ridge),  # Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (eq. 14)
+            at=place,
+            share=self.share,
+            history=constraints if hparams.history else None,
+        )
 
     def _sites(self, host: ModelHost) -> list[Site]:
         return [host.mlp_out(layer) for layer in self.hparams.layers]
@@ -71,27 +71,6 @@ class Memit:
     def _settings(self) -> ValueSettings:
         return value_settings(self.hparams)
 
-    def _spread(self, job: EditJob, facts: FactRows, targets: Tensor, place: str) -> Spread:
-        return spread(
-            job.host,
-            self.hparams.layers,
-            facts,
-            targets,
-            self._solver(job),
-            at=place,
-            share=self.share,
-            keep_keys=self.hparams.history,
-        )
-
-    def _solver(self, job: EditJob) -> Solver:
-        """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (eq. 14)."""
-        constraints = self._constraints(job)
-
-        def solve(site: Site, keys: Tensor, residual: Tensor) -> Update:
-            return least_squares(keys, residual, constraints[site].solve(keys), self.ridge)
-
-        return solve
-
     def _constraints(self, job: EditJob) -> dict[Site, Constraint]:
         """λC of each matrix, and with `history` the keys of earlier edits beside it."""
         hparams = self.hparams
@@ -103,13 +82,6 @@ class Memit:
             )
             for site, factor in factors.items()
         }
-
-    def _state(self, job: EditJob, written: Spread) -> dict[str, Tensor]:
-        if not written.keys:
-            return {}
-        constraints = self._constraints(job)
-        parts = (constraints[site].state(site, keys) for site, keys in written.keys.items())
-        return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 class Pmet(Memit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,13 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+def copy_of_cache(cache: Any) -> Any:
+    """A cache of keys and values that can grow without touching the tensors of this one."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 @contextlib.contextmanager

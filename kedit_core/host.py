@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class ModelHost:
     Attributes:
         anatomy: where things are.
         reading: the rows of the present forward pass, for wrapped modules; see `Reading`.
+        agreed: ways of running the model that gave what the whole model gives; see `Tail`.
 
     Raises:
         ModelError: the tokenizer gives no character offsets.
@@ -64,6 +65,7 @@ class ModelHost:
         self.name = name
         self.anatomy: Anatomy = find_anatomy(model, override)
         self.reading = Reading()
+        self.agreed: set[Hashable] = set()
         self._accepts = set(inspect.signature(model.forward).parameters)
 
     @classmethod

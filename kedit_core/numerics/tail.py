@@ -10,8 +10,8 @@ serve label positions only.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from kedit_core.effects import Wrapper
-from kedit_core.forward import forward_as, head_only_at, run
+from kedit_core.forward import copy_of_cache, forward_as, head_only_at, run
 from kedit_core.host import ModelHost
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.tokens import Row, pad
 
 log = logging.getLogger(__name__)
+
+_LEAST = 4  # positions; on CPUs matrix products of two or three take longer
 
 
 class Tail:
@@ -68,7 +70,8 @@ class Tail:
         self.label_rows = self._batch.rows
         self.is_fast = not plain and not host.is_encoder_decoder
         if self.is_fast:
-            self._record(start, max(fixed))
+            least = math.ceil(_LEAST / len(rows))
+            self._record(start, max(0, min(max(fixed), self._width - least)))
         else:
             with torch.no_grad():
                 self.unchanged = self.logits()
@@ -98,12 +101,14 @@ class Tail:
         """Logits that predict the labels: (labels, vocabulary); differentiable."""
         if not self.is_fast:
             return self._forward(use_cache=False).logits[self._batch.rows, self._batch.columns]
-        columns = self._batch.columns - self._cut
-        with head_only_at(self._host, self._batch.rows, columns):
-            return self._forward(use_cache=False).logits[0]
+        count = len(self.labels)
+        places = torch.arange(max(count, _LEAST), device=self.labels.device).clamp(max=count - 1)
+        rows, columns = self._batch.rows[places], self._batch.columns[places] - self._cut
+        with head_only_at(self._host, rows, columns):
+            return self._forward(use_cache=False).logits[0, :count]
 
     def _record(self, start: int, cut: int) -> None:
-        """One plain pass keeps the block's input and the cache; one fast pass is compared."""
+        """One plain pass keeps the block's input and the cache; the fast way is compared."""
         host, batch = self._host, self._batch
         seen: dict[str, Any] = {}
         block = host.module(host.blocks[start].path)
@@ -140,13 +145,26 @@ class Tail:
         )
         if not needs_rows and len(kept) < self._width * len(batch.offsets):
             self._kept = kept
-        if self._agrees():
+        if self._is_right():
             return
         self._kept = None
-        if self._agrees():
+        if self._is_right():
             return
         log.info("%s is optimised by full forward passes.", host.name)
         self._cut, self._cache, self._hidden, self.is_fast = 0, None, None, False
+
+    def _is_right(self) -> bool:
+        """Whether the fast way is right: tried once for each structure, since the code decides."""
+        known = self._host.agreed
+        modules = list(self._host.model.modules())
+        way = (
+            *(self._start, self._cache is None, self._kept is None, self._host.dtype),
+            *map(type, modules),
+            *(module.passes_through for module in modules if isinstance(module, Wrapper)),
+        )
+        if way not in known and self._agrees():
+            known.add(way)
+        return way in known
 
     def _agrees(self) -> bool:
         """Whether the fast way gives the logits of the plain one.
@@ -173,7 +191,7 @@ class Tail:
             if name in inputs:
                 inputs[name] = inputs[name][:, self._cut :]
         if self._cache is not None:
-            inputs["past_key_values"] = _copy_of(self._cache)
+            inputs["past_key_values"] = copy_of_cache(self._cache)
         with self._skipped_below(), self._without_padding():
             return run(host, replace(self._batch, inputs=inputs), use_cache=self._cache is not None)
 
@@ -212,7 +230,7 @@ class Tail:
             return isinstance(value, Tensor) and value.shape[:-1] == (1, len(kept))
 
         def lay_out(hidden: Tensor) -> Tensor:
-            return hidden.reshape(n_rows * width, -1)[kept.to(hidden.device)][None]
+            return _picked(hidden.reshape(n_rows * width, -1), kept)[None]
 
         def as_rows(value: Any) -> Any:
             if not is_laid_out(value):
@@ -220,7 +238,7 @@ class Tail:
             return _spread(value[0], kept, n_rows * width).reshape(n_rows, width, -1)
 
         def at_labels(value: Any) -> Any:
-            return value[:, labels.to(value.device)] if is_laid_out(value) else value
+            return _picked(value[0], labels)[None] if is_laid_out(value) else value
 
         def from_labels(hidden: Tensor) -> Tensor:
             return _spread(hidden[0], labels, len(kept))[None]
@@ -252,6 +270,11 @@ def _found(path: str | None) -> str:
     return path
 
 
+def _picked(states: Tensor, places: Tensor) -> Tensor:
+    """The states of (n, d) at some places: (places, d)."""
+    return states.index_select(0, places.to(states.device))
+
+
 def _spread(states: Tensor, places: Tensor, length: int) -> Tensor:
     """(n, d) states at their places among zeros: (length, d)."""
     empty = states.new_zeros(length, states.shape[-1])
@@ -274,10 +297,3 @@ def _forward_between(
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden_of(args[0] if args else kwargs["hidden_states"])
-
-
-def _copy_of(cache: Any) -> Any:
-    """A cache that can grow without touching the tensors of this one."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin

@@ -104,6 +104,47 @@ def test_wrapper_that_passes_through_needs_no_rows():
         assert widths == [10 if passes_through else 4]
 
 
+def passes_of(host: ModelHost, start: int = 1, rows=ROWS) -> int:
+    """How often the model runs while a tail is made."""
+    passes = []
+    handle = host.model.register_forward_pre_hook(lambda m, args: passes.append(m))
+    Tail(host, rows, start, [row.mark for row in rows])
+    handle.remove()
+    return len(passes)
+
+
+def test_fast_way_is_compared_with_the_plain_one_once_for_each_structure():
+    host = tiny_host("llama")
+    even = [Row(row.ids[:3], row.targets[:1], mark=1) for row in ROWS]
+
+    assert [passes_of(host) for _ in range(3)] == [2, 1, 1]
+    assert [passes_of(host, start=2) for _ in range(2)] == [2, 1]
+    assert [passes_of(host, rows=even) for _ in range(2)] == [2, 1]  # without padding
+    block = host.module(host.blocks[2].path)
+    swap = ModuleSwap("", "", state={"vector": torch.ones(HIDDEN)})
+    block.mlp.down_proj = Shift.build(block.mlp.down_proj, [swap])
+    assert [passes_of(host) for _ in range(2)] == [2, 1]
+    host.model.bfloat16()
+    assert [passes_of(host) for _ in range(2)] == [2, 1]
+
+
+def test_short_suffixes_and_few_labels_are_filled_up_to_four_positions():
+    host = tiny_host("llama")
+    row = Row((5, 6, 7, 8, 9), (11, 12), mark=4)
+    tail = Tail(host, [row], 1, [4])
+    widths = []
+    for path in (host.mlp_out(1).module, host.anatomy.head):
+        module = host.base_module(path)
+        module.register_forward_hook(lambda m, a, out: widths.append(out.shape[:2].numel()))
+
+    logits = tail.logits()
+
+    assert widths == [4, 4]
+    expected = Tail(host, [row], 1, [4], plain=True).logits()
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    assert tail.places([4]).tolist() == [2]  # columns 2 to 5 are repeated
+
+
 def test_head_sees_label_positions_only():
     host = tiny_host("llama")
     tail = Tail(host, ROWS, 0, MARKS)
@@ -173,6 +214,7 @@ def test_model_that_cannot_skip_blocks_is_run_whole(caplog):
 
     assert not tail.is_fast
     assert "full forward passes" in caplog.text
+    assert not Tail(host, ROWS, 1, MARKS).is_fast
     plain = Tail(host, ROWS, 1, MARKS, plain=True)
     torch.testing.assert_close(tail.logits(), plain.logits())
     assert torch.equal(tail.places(MARKS), plain.places(MARKS))

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from kedit_core.hparams import HyperParams
 
@@ -49,3 +57,58 @@ class TargetHyperParams(HyperParams):
         if list(layers) != sorted(set(layers)):
             raise ValueError("give each layer once, in ascending order")
         return layers
+
+
+class MomentHyperParams(TargetHyperParams):
+    """With a second moment as the only constraint, weighted in each layer on its own."""
+
+    moment_weight: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        15_000.0,
+        description="Weight of what the matrices store already [λ]: one for all layers, or a list "
+        "with one for each.",
+    )
+
+    @field_validator("moment_weight")
+    @classmethod
+    def _one_for_each_layer(
+        cls, weight: float | tuple[float, ...], info: ValidationInfo
+    ) -> float | tuple[float, ...]:
+        layers = info.data.get("layers", ())  # missing where they are wrong themselves
+        if isinstance(weight, tuple) and layers and len(weight) != len(layers):
+            raise ValueError(f"{len(weight)} weights for {len(layers)} layers")
+        return weight
+
+    @property
+    def moment_weights(self) -> tuple[float, ...]:
+        """λ of each layer."""
+        if isinstance(self.moment_weight, tuple):
+            return self.moment_weight
+        return (self.moment_weight,) * len(self.layers)
+
+
+class NullSpaceHyperParams(TargetHyperParams):
+    """Settings of methods that write where ordinary text reads little; symbols of AlphaEdit
+    (Fang et al. 2025, arXiv:2410.02355) in brackets."""
+
+    nullspace_threshold: float | None = Field(
+        0.02,
+        gt=0,
+        description="Directions whose eigenvalue in C is below this are free to write in [U₀]; "
+        "it depends on the scale of C.",
+    )
+    nullspace_energy: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Instead of the threshold: the free directions are those with the smallest "
+        "eigenvalues that together hold at most this share of C's trace without its largest.",
+    )
+    l2: float = Field(10.0, gt=0, description="Weight of the squared norm of the change [L₂].")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.nullspace_threshold is None) == (self.nullspace_energy is None):
+            raise ValueError(
+                "give nullspace_threshold or nullspace_energy, and null for the other one"
+            )
+        return self

@@ -42,13 +42,24 @@ class FactRows:
             RequestError: a fact is too long for the model.
         """
         warn_of_conflicts(job.requests)
-        contexts = ("", *context_texts(job, hparams.contexts))
-        token = hparams.fact_token
+        contexts = context_texts(job, hparams.contexts)
+        return cls.after(job, [contexts] * len(job.requests), hparams.fact_token)
+
+    @classmethod
+    def after(
+        cls, job: EditJob, contexts: Sequence[Sequence[str]], fact_token: FactToken
+    ) -> FactRows:
+        """The job's facts, each after contexts of its own.
+
+        Raises:
+            RequestError: a fact is too long for the model.
+        """
+        host = job.host
         rows = tuple(
-            tuple(rewrite_row(job.host, request, token, text) for text in contexts)
-            for request in job.requests
+            tuple(rewrite_row(host, request, fact_token, text) for text in ("", *texts))
+            for request, texts in zip(job.requests, contexts, strict=True)
         )
-        return cls(rows, tuple(essence_row(job.host, r, token) for r in job.requests))
+        return cls(rows, tuple(essence_row(host, r, fact_token) for r in job.requests))
 
     @property
     def clean(self) -> list[Row]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -104,27 +105,43 @@ def context_texts(job: EditJob, lengths: Sequence[tuple[int, int]]) -> tuple[str
     Returns:
         Texts that end in a full stop and a space, without line breaks.
     """
-    host = job.host
     texts: list[str] = []
     for tokens, count in lengths:
-        key = {
-            "model": job.fingerprint,
-            "tokens": tokens,
-            "count": count,
-            "seed": job.seed,
-            "version": 1,
-        }
-        stored = job.artifacts.get("contexts", key)
-        if stored is None:
-            starts = [OPENINGS[n % 5] for n in range(count)]
-            with job.unedited():
-                drawn = sample(host, starts, tokens, job.generator(), top_k=5)
-            width = max(map(len, drawn))
-            ids = torch.tensor([[*row, *[-1] * (width - len(row))] for row in drawn])
-            stored = {"ids": ids}
-            job.artifacts.put("contexts", key, stored)
-        for row in stored["ids"].tolist():
-            kept = [token for token in row if token >= 0]
-            text = str(host.tokenizer.decode(kept, skip_special_tokens=True))
-            texts.append(" ".join(text.split()) + ". ")
+        starts = [OPENINGS[n % 5] for n in range(count)]
+        texts += _written(job, starts, tokens, {"count": count})
     return tuple(texts)
+
+
+def continued_texts(job: EditJob, starts: Sequence[str], tokens: int) -> tuple[str, ...]:
+    """As `context_texts`, one text from each start.
+
+    Args:
+        job: gives model, seed and artifact store.
+        starts: first words of the texts.
+        tokens: how many each of them is continued by.
+    """
+    return tuple(_written(job, starts, tokens, {"starts": list(starts)}))
+
+
+def _written(
+    job: EditJob, starts: Sequence[str], tokens: int, of: Mapping[str, Any]
+) -> Iterator[str]:
+    key = {
+        "model": job.fingerprint,
+        "tokens": tokens,
+        "seed": job.seed,
+        "version": 1,
+        **of,
+    }
+    stored = job.artifacts.get("contexts", key)
+    if stored is None:
+        with job.unedited():
+            drawn = sample(job.host, starts, tokens, job.generator(), top_k=5)
+        width = max(map(len, drawn))
+        ids = torch.tensor([[*row, *[-1] * (width - len(row))] for row in drawn])
+        stored = {"ids": ids}
+        job.artifacts.put("contexts", key, stored)
+    for row in stored["ids"].tolist():
+        kept = [token for token in row if token >= 0]
+        text = str(job.host.tokenizer.decode(kept, skip_special_tokens=True))
+        yield " ".join(text.split()) + ". "

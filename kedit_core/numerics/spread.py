@@ -11,11 +11,14 @@ from torch import Tensor
 
 from kedit_core.editing import Patch, WeightDelta
 from kedit_core.host import ModelHost
+from kedit_core.job import EditJob
 from kedit_core.numerics.facts import FactRows, mean_keys
-from kedit_core.numerics.ridge import Constraint, Update, least_squares
+from kedit_core.numerics.ridge import Constraint, Update, inverse_by, least_squares
+from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.numerics.values import Value
 from kedit_core.sites import Site
+from kedit_core.targets import MomentHyperParams
 
 Solver = Callable[[Site, Tensor, Tensor], Update]
 
@@ -100,6 +103,21 @@ def by_least_squares(constraints: Mapping[Site, Constraint], ridge: float = 1.0)
         return least_squares(keys, residual, constraints[site].solve(keys), ridge)
 
     return solve
+
+
+def by_moments(job: EditJob, hparams: MomentHyperParams) -> Solver:
+    """The solver Δ = R Kᵀ (λC + K Kᵀ)⁻¹, with a λ for each layer.
+
+    Raises:
+        SiteError: a layer does not exist or has no single MLP output matrix.
+        ArtifactError, EditError: as `moment_factors`.
+    """
+    sites = [job.host.mlp_out(layer) for layer in hparams.layers]
+    factors = moment_factors(job, sites, hparams.moment_tokens)
+    weights = dict(zip(sites, hparams.moment_weights, strict=True))
+    return by_least_squares(
+        {s: Constraint.of(inverse_by(f, weights[s]), len(f)) for s, f in factors.items()}
+    )
 
 
 def write_values(

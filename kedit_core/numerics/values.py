@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -33,12 +33,14 @@ class ValueTask:
         anchor: a prompt whose next-token distribution at its mark should stay as it is.
         start: (d,) from which δ starts; by default zero.
         bound: of |δ|, instead of `max_norm_ratio` · |v₀|.
+        decay: weight of |δ| in the loss, instead of `weight_decay` / |v₀|².
     """
 
     rows: tuple[Row, ...]
     anchor: Row
     start: Tensor | None = None
     bound: float | None = None
+    decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def target_values(
         "tasks": [[[row.ids, row.targets, row.mark] for row in (*t.rows, t.anchor)] for t in tasks],
         "version": 1,
     }
-    is_kept = not job.is_edited and all(t.start is None and t.bound is None for t in tasks)
+    limits = [[task.bound, task.decay] for task in tasks]
+    if any(limit is not None for pair in limits for limit in pair):
+        key["limits"] = limits
+    is_kept = not job.is_edited and all(task.start is None for task in tasks)
     stored = job.artifacts.get("values", key) if is_kept else None
     if stored is not None:
         return _unpacked(stored)
@@ -150,6 +155,7 @@ def optimise_values(
     *,
     companions: Sequence[str] = (),
     penalty: Penalty | None = None,
+    together: bool = False,
     plain: bool = False,
 ) -> list[Value]:
     """For each task the change δ of a module's output that makes its target likely.
@@ -172,6 +178,8 @@ def optimise_values(
         companions: further modules of the block whose outputs are changed along with it, each by
             a δ of its own, which is not returned (PMET, arXiv:2308.08742, eq. 7).
         penalty: a further term of the loss.
+        together: take all tasks at once, for a penalty that relates them; not more than the first
+            that `memory_chunks` gives.
         plain: run the whole model in every step, one task after the other; the oracle of the fast
             way.
 
@@ -179,7 +187,10 @@ def optimise_values(
         EditError: the loss is not finite.
     """
     values: list[Value] = []
-    chunks = [[task] for task in tasks] if plain else memory_chunks(host, layer, tasks)
+    if together:
+        chunks: Iterable[Sequence[ValueTask]] = [tasks]
+    else:
+        chunks = [[task] for task in tasks] if plain else memory_chunks(host, layer, tasks)
     with progress(len(tasks), "targets", "fact") as bar:
         for chunk in chunks:
             optimisation = _Optimisation(
@@ -272,10 +283,13 @@ class _Optimisation:
         points: dict[str, tuple[str, Side]] = {path: (path, "output") for path in modules}
         own = states_at_marks(host, first, points)
         self.initial = torch.stack([own[path].float() for path in modules], dim=1)  # (n, points, d)
-        self.norms = self.initial.norm(dim=2)
-        self.bounds = settings.max_norm_ratio * self.norms
+        norms = self.initial.norm(dim=2)
+        self.bounds = settings.max_norm_ratio * norms
+        self.decays = settings.weight_decay / norms.square()
         self.delta = torch.zeros_like(self.initial)
         for n, task in enumerate(tasks):
+            if task.decay is not None:
+                self.decays[n, 0] = task.decay
             if task.bound is not None:
                 self.bounds[n, 0] = task.bound
             if task.start is not None:
@@ -436,9 +450,9 @@ class _Rows:
             0, self.owner[self.is_anchor], kl_divergence(self.reference, logits[self.anchors])
         )
         kl = settings.kl_weight * kl
-        decay = (of.delta.norm(dim=2) / of.norms.square()).sum(dim=1)
+        decay = (of.decays * of.delta.norm(dim=2)).sum(dim=1)
         weight = torch.where(reached, settings.reached_factor, 1.0)
-        total = weight * nll + kl + settings.weight_decay * decay
+        total = weight * nll + kl + decay
         if of.penalty is not None:
             states = {path: state[~self.is_anchor] for path, state in self._states.items()}
             owner = self.owner[~self.is_anchor]

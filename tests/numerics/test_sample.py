@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kedit_core.editing import EditSession, ModelHost, Patch, WeightDelta
-from kedit_core.numerics.sample import context_texts, sample
+from kedit_core.numerics.sample import context_texts, continued_texts, sample
 from tests.numerics.tiny import job_on, tiny_host
 
 STARTS = ["The", "I", "Although", "We", "People", "In"]
@@ -151,3 +151,20 @@ def test_no_contexts_are_none(tmp_path):
 
     assert context_texts(job_on(host, tmp_path), ()) == ()
     assert not calls
+
+
+def test_texts_go_on_from_the_words_they_are_given_and_are_kept(tmp_path):
+    host = tiny_host("llama")
+    starts = ["Eiffel Tower", "Rome", "Rome"]
+
+    texts = continued_texts(job_on(host, tmp_path), starts, 12)
+
+    for text, start in zip(texts, starts, strict=True):
+        assert text.startswith(start)
+        assert text.endswith(". ")
+        assert len(text) > len(start) + 2
+    assert texts[1] != texts[2]
+    calls = forward_calls(host)
+    assert continued_texts(job_on(host, tmp_path), starts, 12) == texts
+    assert not calls
+    assert continued_texts(job_on(host, tmp_path), starts[:2], 12) != texts

@@ -13,9 +13,15 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from kedit_core.errors import EditError
 from kedit_core.host import ModelHost
-from kedit_core.numerics.values import Value, ValueSettings, ValueTask, optimise_values
+from kedit_core.numerics.values import (
+    Value,
+    ValueSettings,
+    ValueTask,
+    optimise_values,
+    target_values,
+)
 from kedit_core.tokens import Row
-from tests.numerics.tiny import plain_output, tiny_host
+from tests.numerics.tiny import job_on, plain_output, tiny_host
 
 SETTINGS = ValueSettings(
     steps=6, lr=0.3, weight_decay=0.5, max_norm_ratio=4.0, kl_weight=0.0625, stop_loss=0.0
@@ -298,3 +304,46 @@ def test_same_tasks_give_the_same_bits():
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.delta, b.delta)
         assert a.losses == b.losses
+
+
+def test_own_decay_of_a_task_replaces_the_general_one():
+    host = tiny_host("llama")
+    (plain,) = optimise(host, TASKS[:1])
+    weight = SETTINGS.weight_decay / float(plain.initial.norm()) ** 2
+
+    same, other = optimise(host, [replace(TASKS[0], decay=d) for d in (weight, 100 * weight)])
+
+    assert_same(same, plain)
+    assert other.delta.norm() < 0.9 * same.delta.norm()
+
+
+def test_kept_values_of_other_decays_are_not_taken(tmp_path):
+    host = tiny_host("llama")
+    job, module = job_on(host, tmp_path), host.mlp_out(LAYER).module
+    tasks = [[replace(TASKS[0], decay=decay)] for decay in (0.1, 10.0, 0.1)]
+
+    found = [target_values(job, module, LAYER, own, SETTINGS)[0].delta for own in tasks]
+
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_penalty_sees_tasks_that_it_relates_together(monkeypatch):
+    host = tiny_host("llama")
+    seen = []
+
+    class Apart:
+        watch = ()
+
+        def __call__(self, owner, delta, states):
+            seen.append(len(delta))
+            return delta.new_zeros(len(delta))
+
+    monkeypatch.setattr("kedit_core.numerics.values.free_bytes", lambda device: 1)  # no room
+
+    optimise(host, TASKS, penalty=Apart())
+    assert set(seen) == {1}
+    seen.clear()
+    optimise(host, TASKS, penalty=Apart(), together=True)
+    assert set(seen) == {len(TASKS)}

@@ -1,0 +1,1 @@
+"""NAMET for kedit."""

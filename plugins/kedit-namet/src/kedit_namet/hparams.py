@@ -1,0 +1,21 @@
+"""Settings of NAMET."""
+
+from pydantic import Field, PositiveInt
+
+from kedit_core.targets import MomentHyperParams
+
+
+class NametHyperParams(MomentHyperParams):
+    """Settings of NAMET; symbols of the paper in brackets."""
+
+    weight_decay: float = Field(0.5, ge=0, description="Weight of |δ| / rms |h_c|.")
+    max_norm_ratio: float = Field(
+        0.75,
+        gt=0,
+        description="Bound of |δ| relative to ‖[h_c]‖, the norm of the states of all contexts "
+        "together.",
+    )
+    stop_loss: float = Field(1e-2, ge=0, description="Stop when the loss is below this.")
+    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        ((10, 12),), description="Sampled texts put before the prompt: pairs (tokens, count)."
+    )

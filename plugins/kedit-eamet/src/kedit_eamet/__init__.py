@@ -1,0 +1,1 @@
+"""EAMET for kedit."""

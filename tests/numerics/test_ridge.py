@@ -1,0 +1,149 @@
+"""Least squares in the space of the facts, against systems as wide as the matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kedit_core.errors import EditError
+from kedit_core.numerics.ridge import Constraint, inverse_by, least_squares
+from kedit_core.numerics.solve import cholesky, rank_one_factors, whiten
+from kedit_core.patch import Patch
+from kedit_core.sites import Site
+
+WIDTH, D_OUT = 24, 7
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(width: int = WIDTH) -> Tensor:
+    samples = draw(width, 3 * width, seed=9)
+    return samples @ samples.mT / samples.shape[1]
+
+
+def direct(keys: Tensor, residual: Tensor, a: Tensor) -> Tensor:
+    """Δ = R Kᵀ (K Kᵀ + A)⁻¹ by a general solver: (d_out, m)."""
+    return torch.linalg.solve(keys @ keys.mT + a, keys @ residual.mT).mT
+
+
+def product(update) -> Tensor:
+    return update.left.double() @ update.right.double()
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    # Factors are returned in float32.
+    assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+@pytest.mark.parametrize("facts", [1, 5, WIDTH, 40])
+@pytest.mark.parametrize("weight", [0.5, 200.0])
+def test_space_of_facts_gives_what_the_wide_system_gives(facts, weight):
+    keys, residual, c = draw(WIDTH, facts, seed=1), draw(D_OUT, facts, seed=2), moment()
+
+    update = least_squares(keys, residual, inverse_by(cholesky(c), weight)(keys))
+
+    expected = direct(keys, residual, weight * c)
+    # Factors of more facts than columns cancel in part: float32 leaves some 1e-6.
+    assert_close(product(update), expected, 1e-5)
+    # The normal equation: Δ (λC + K Kᵀ) = R Kᵀ.
+    left = product(update) @ (weight * c + keys @ keys.mT)
+    assert_close(left, residual @ keys.mT, 1e-5)
+
+
+@pytest.mark.parametrize("ridge", [0.1, 3.0])
+def test_relaxed_equality_is_least_squares_with_the_product_of_both_weights(ridge):
+    keys, residual, c = draw(WIDTH, 6, seed=1), draw(D_OUT, 6, seed=2), moment()
+
+    relaxed = least_squares(keys, residual, inverse_by(cholesky(c), 20.0)(keys), ridge)
+
+    weighted = least_squares(keys, residual, inverse_by(cholesky(c), 20.0 * ridge)(keys))
+    assert_close(product(relaxed), product(weighted))
+
+
+def test_without_a_ridge_every_key_is_mapped_exactly():
+    keys, residual, c = draw(WIDTH, 6, seed=1), draw(D_OUT, 6, seed=2), moment()
+
+    update = least_squares(keys, residual, inverse_by(cholesky(c))(keys), ridge=0.0)
+
+    assert_close(product(update) @ keys, residual, 1e-5)
+
+
+def test_without_a_ridge_one_key_gives_the_rank_one_update():
+    key, change, c = draw(WIDTH, seed=1), draw(D_OUT, seed=2), moment()
+
+    update = least_squares(key[:, None], change[:, None], whiten(c, key)[:, None], ridge=0.0)
+
+    left, right = rank_one_factors(change, whiten(c, key), key)
+    assert_close(product(update), left.double() @ right.double())
+
+
+def test_keys_that_stand_twice_are_solved_with_a_ridge_and_refused_without():
+    keys, c = draw(WIDTH, 3, seed=1), moment()
+    keys, residual = torch.cat([keys, keys[:, :1]], dim=1), draw(D_OUT, 4, seed=2)
+    solved = inverse_by(cholesky(c), 10.0)(keys)
+
+    update = least_squares(keys, residual, solved)
+
+    assert_close(product(update), direct(keys, residual, 10 * c))
+    assert float(product(update).norm()) < 10 * float(residual.norm())
+    with pytest.raises(EditError, match=r"4 keys are not independent \(condition"):
+        least_squares(keys, residual, solved, ridge=0.0)
+
+
+def test_condition_is_that_of_the_system():
+    keys, residual = torch.diag(torch.tensor([1.0, 3.0])).double(), draw(D_OUT, 2)
+
+    update = least_squares(keys, residual, keys, ridge=1.0)  # I + KᵀK = diag(2, 10)
+
+    assert update.condition == pytest.approx(5.0)
+
+
+def test_keys_that_are_no_numbers_are_refused():
+    keys = draw(WIDTH, 2)
+    keys[0, 0] = torch.inf
+
+    with pytest.raises(EditError, match="not finite"):
+        least_squares(keys, draw(D_OUT, 2), keys)
+
+
+def test_constraint_that_grows_equals_the_sum_of_all_earlier_keys():
+    base, weight = moment(), 4.0
+    inverse = inverse_by(cholesky(base), weight)
+    a, parts = weight * base, []
+    for batch in range(5):
+        keys = draw(WIDTH, 3 + batch, seed=20 + batch).float()
+        constraint = Constraint.of(inverse, WIDTH, parts)
+        solved = constraint.solve(keys)
+        # Keys are kept in float32.
+        assert_close(solved, torch.linalg.solve(a, keys.double()), 1e-6)
+        parts.append(constraint.part(keys))
+        a = a + keys.double() @ keys.double().mT
+
+
+def test_state_of_patches_brings_the_constraint_back():
+    site, inverse = Site("a.b.weight"), inverse_by(cholesky(moment()))
+    patches: list[Patch] = []
+    for batch in range(3):
+        constraint = Constraint.after(inverse, WIDTH, patches, site)
+        state = constraint.state(site, draw(WIDTH, 2, seed=batch))
+        patches.append(Patch("any", (), state=state))
+    keys = draw(WIDTH, 4, seed=7)
+
+    all_keys = torch.cat([draw(WIDTH, 2, seed=batch) for batch in range(3)], dim=1)
+    expected = torch.linalg.solve(moment() + all_keys @ all_keys.mT, keys)
+    assert_close(Constraint.after(inverse, WIDTH, patches, site).solve(keys), expected)
+    # Another matrix has no earlier keys, and rolling back leaves those of the edits that stay.
+    other = Constraint.after(inverse, WIDTH, patches, Site("a.c.weight"))
+    assert other.keys.shape == (WIDTH, 0)
+    assert Constraint.after(inverse, WIDTH, patches[:1], site).keys.shape == (WIDTH, 2)
+
+
+def test_earlier_edits_with_another_weight_are_refused():
+    site, factor = Site("a.b.weight"), cholesky(moment())
+    first = Constraint.of(inverse_by(factor, 1.0), WIDTH).state(site, draw(WIDTH, 2))
+
+    with pytest.raises(EditError, match="another weight or other statistics"):
+        Constraint.after(inverse_by(factor, 2.0), WIDTH, [Patch("any", (), state=first)], site)

@@ -21,6 +21,7 @@ CONFIG = {
     "activation": "",
     "retrieve": True,
     "threshold_ratio": 0.5,
+    "choice": "largest",
     "max_change": 10.0,
     "edits_per_shard": 2,
     "shards_per_memory": 2,
@@ -141,6 +142,21 @@ def test_largest_indicator_above_its_own_threshold_wins():
     out = read(wrapper, [[2, 2], [4, 4]], ends=[1, 1])
     assert wrapper.chosen.tolist() == [1, -1]
     assert (out[0, 0] - 0.25).tolist() == [0.0, 5.0, 0.0, 0.0]
+
+
+def test_a_memory_that_everything_stirs_much_does_not_win_for_that():
+    strong = swap(entry(0, 2, 5.0), stirred=8.0, choice="relative")  # 5 of a threshold of 4
+    weak = swap(entry(1, 2, 3.0), shard=2, stirred=2.0, choice="relative")  # 3 of 1
+    wrapper = memory(strong, weak)
+    read(wrapper, [[2, 2], [4, 4]], ends=[1, 1])
+    assert wrapper.chosen.tolist() == [1, -1]
+
+
+def test_a_memory_without_change_answers_nothing():
+    nothing = swap(entry(0, 0, 0.0), stirred=0.0, choice="relative")
+    wrapper = memory(nothing)
+    read(wrapper, [[2, 2]], ends=[1])
+    assert wrapper.chosen.tolist() == [-1]
 
 
 def test_flattened_rows_are_taken_apart():

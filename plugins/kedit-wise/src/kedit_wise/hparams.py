@@ -45,6 +45,11 @@ class WiseHyperParams(HyperParams):
         description="A memory answers a prompt that stirs it more than this share of what stirred "
         "it least of its edits [of ε].",
     )
+    choice: Literal["largest", "relative"] = Field(
+        "largest",
+        description="Of several memories that may answer a prompt, the one that it stirs most, or "
+        "most in relation to the memory's threshold.",
+    )
     edits_per_shard: int = Field(500, gt=0, description="Edits that share one mask.")
     shards_per_memory: int = Field(2, gt=0, description="Shards that are merged into one [k].")
     merge: Literal["ties", "magnitude", "sign", "linear"] = Field(

@@ -202,12 +202,17 @@ class SideMemory(Wrapper):
     thresholds: Tensor  # (memories,)
 
     def __init__(
-        self, base: nn.Module, changes: Tensor, thresholds: Tensor, indicator: Indicator
+        self,
+        base: nn.Module,
+        changes: Tensor,
+        thresholds: Tensor,
+        indicator: Indicator,
+        relative: bool = False,
     ) -> None:
         super().__init__(base)
         self.register_buffer("changes", changes, persistent=False)
         self.register_buffer("thresholds", thresholds, persistent=False)
-        self.indicator = indicator
+        self.indicator, self.relative = indicator, relative
         self._sums = torch.zeros(0, len(thresholds))  # over each prompt's tokens so far
         self._counts = torch.zeros(0)
         self.chosen = torch.zeros(0, dtype=torch.long)  # (rows,) number of a memory, or −1
@@ -219,7 +224,8 @@ class SideMemory(Wrapper):
         found = memories(weight.mT if latest["transposed"] else weight, swaps)
         thresholds = torch.tensor([memory.threshold for memory in found], device=weight.device)
         changes = torch.stack([memory.change for memory in found])
-        return cls(base, changes, thresholds, Indicator(str(latest["activation"])))
+        indicator, relative = Indicator(str(latest["activation"])), latest["choice"] == "relative"
+        return cls(base, changes, thresholds, indicator, relative)
 
     @classmethod
     def fold(cls, base: nn.Module, swap: ModuleSwap) -> tuple[Tensor, Tensor | None]:
@@ -262,5 +268,6 @@ class SideMemory(Wrapper):
             self._sums[:, number].index_add_(0, owner, stirred)
         self._counts += prompt.sum(dim=1)
         means = self._sums / self._counts.clamp(min=1)[:, None]
-        enough = means.where(means > self.thresholds, -1.0)
+        strength = means / self.thresholds if self.relative else means
+        enough = strength.where(means > self.thresholds, -1.0)
         self.chosen = torch.where(enough.amax(dim=1) < 0, -1, enough.argmax(dim=1))

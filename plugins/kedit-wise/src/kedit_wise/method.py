@@ -89,6 +89,7 @@ class Wise:
                 "activation": activation,
                 "retrieve": hparams.retrieve,
                 "threshold_ratio": hparams.threshold_ratio,
+                "choice": hparams.choice,
                 "max_change": hparams.max_change,
                 "edits_per_shard": hparams.edits_per_shard,
                 "shards_per_memory": hparams.shards_per_memory,

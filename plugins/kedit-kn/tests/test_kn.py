@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kedit_kn.attribution import Attribution, Neuron, attribute, select
+from kedit_kn.attribution import Attribution, Neuron, attribute, common_neurons, select
 from kedit_kn.method import answer_direction, column_change
 from torch import Tensor
 from transformers import (
@@ -318,6 +318,21 @@ def test_where_no_share_fits_mean_attributions_decide():
     assert places(select(found, 0.2, 0.7, 3, 5)) == [(1, 0), (1, 2), (4, 0)]
 
 
+def test_neurons_of_many_prompts_are_common_and_can_be_left_out():
+    found = attribution_of(
+        [1.0, 0.5, 0.0, 0.9, 0.0, 0.0],
+        [1.0, 0.5, 0.0, 0.15, 0.0, 0.0],
+        [1.0, 0.1, 0.0, 0.1, 0.0, 0.0],
+    )
+    assert common_neurons(found, 0.2, 0.5) == [(1, 0), (1, 1)]
+    assert common_neurons(found, 0.2, 2 / 3) == [(1, 0)]
+    assert common_neurons(found, 0.2, 1.0) == []
+
+    # Without the leading one the threshold is a part of the next.
+    left = places(select(found, 0.2, 0.6, 1, 5, excluded=[(1, 0), (7, 7)]))
+    assert left == [(4, 0), (1, 1)]
+
+
 # -- what is written ------------------------------------------------------------------------------
 
 
@@ -356,7 +371,7 @@ def test_columns_change_by_their_norms_and_in_the_neurons_direction(toy):
 def test_patch_is_the_papers_formula_on_the_chosen_neurons(toy, tmp_path):
     host = host_of(f"toy-{toy}")
     session = EditSession(host, artifacts=ArtifactStore(tmp_path))
-    settings = {"steps": 3, "contexts": [], "erase": 0.5, "write": 3.0}
+    settings = {"steps": 3, "contexts": [], "others": 0, "erase": 0.5, "write": 3.0}
     weights = [host.weight(host.mlp_out(n)).clone() for n in range(4)]
 
     (patch,) = session.edit("kn", REQUEST, hparams=settings).patches
@@ -377,7 +392,7 @@ def test_patch_is_the_papers_formula_on_the_chosen_neurons(toy, tmp_path):
 
 def test_sampled_contexts_make_more_prompts_for_the_choice(tmp_path):
     session = EditSession(host_of("toy-llama"), artifacts=ArtifactStore(tmp_path))
-    settings = {"steps": 2, "contexts": [[4, 3]]}
+    settings = {"steps": 2, "contexts": [[4, 3]], "others": 0}
 
     (patch,) = session.edit("kn", REQUEST, hparams=settings).patches
 
@@ -388,6 +403,25 @@ def test_sampled_contexts_make_more_prompts_for_the_choice(tmp_path):
     expected = select(found, 0.2, 0.7, 2, 5)
     assert [(n["layer"], n["index"]) for n in patch.notes["neurons"]] == places(expected)
     assert {round(4 * n["share"]) for n in patch.notes["neurons"]} <= {1, 2, 3, 4}
+
+
+def test_neurons_of_the_models_own_texts_are_left_out_and_kept_for_later(tmp_path):
+    session = EditSession(host_of("toy-llama"), artifacts=ArtifactStore(tmp_path))
+    settings = {"steps": 2, "contexts": [], "others": 12, "common": 0.0, "neurons": [5, 5]}
+    free = {**settings, "others": 0}
+    with session.trial("kn", REQUEST, hparams=free) as outcome:
+        (patch,) = outcome.patches
+        assert patch.notes["common"] == []
+        all_of_them = {(n["layer"], n["index"]) for n in patch.notes["neurons"]}
+
+    session.prepare("kn", hparams=settings)
+    assert len(list((tmp_path / "common-neurons").iterdir())) == 1
+    (patch,) = session.edit("kn", REQUEST, hparams=settings).patches
+
+    common = set(map(tuple, patch.notes["common"]))
+    assert common & all_of_them
+    assert not common & {(n["layer"], n["index"]) for n in patch.notes["neurons"]}
+    assert len(list((tmp_path / "common-neurons").iterdir())) == 1
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -421,7 +455,7 @@ def test_head_that_reads_something_else_is_refused(tmp_path):
     session = EditSession(host_of("opt-projected"), artifacts=ArtifactStore(tmp_path))
 
     with pytest.raises(EditError, match="reads 16 numbers and its blocks write 32"):
-        session.edit("kn", REQUEST, hparams={"steps": 1, "contexts": []})
+        session.edit("kn", REQUEST, hparams={"steps": 1, "contexts": [], "others": 0})
 
     assert not session.is_edited
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,15 +90,29 @@ def attribute(
     """
     if not request.ground_truth:
         raise RequestError(f"The request {request.text!r} has no former answer to attribute.")
-    sites = {n: host.mlp_out(n) for n in sorted(set(layers or range(len(host.blocks))))}
-    points = [
-        point
-        for number, context in enumerate(contexts)
-        for point in _points(host, number, context + request.text, request.ground_truth[0], steps)
-    ]
+    answer = request.ground_truth[0]
+    rows = [join(host, context + request.text, answer) for context in contexts]
+    return attribute_rows(host, rows, layers, steps, max_tokens)
+
+
+def attribute_rows(
+    host: ModelHost,
+    rows: Sequence[Row],
+    layers: Sequence[int] | None = None,
+    steps: int = 20,
+    max_tokens: int = 4096,
+) -> Attribution:
+    """As `attribute`, of the targets of some rows; each row is one prompt.
+
+    Raises:
+        SiteError: a layer does not exist or has no single MLP output matrix.
+    """
+    chosen = range(len(host.blocks)) if layers is None else sorted(set(layers))
+    sites = {layer: host.mlp_out(layer) for layer in chosen}
+    points = [point for n, row in enumerate(rows) for point in _points(host, n, row, steps)]
     size = max(1, max_tokens // max(len(point.row.prompt) for point in points))
     widths = {layer: host.weight(site).shape[1] for layer, site in sites.items()}
-    scores = {layer: torch.zeros(len(contexts), width) for layer, width in widths.items()}
+    scores = {layer: torch.zeros(len(rows), width) for layer, width in widths.items()}
     activations = {layer: torch.zeros_like(empty) for layer, empty in scores.items()}
     for start in range(0, len(points), size):
         chunk = points[start : start + size]
@@ -112,8 +126,24 @@ def attribute(
     return Attribution(scores, activations)
 
 
+def common_neurons(
+    attribution: Attribution, threshold: float, share: float
+) -> list[tuple[int, int]]:
+    """Layer and index of the neurons in the coarse sets of more than a share of the prompts."""
+    return [
+        (layer, index)
+        for layer, in_set in _coarse(attribution, threshold).items()
+        for index in (in_set.float().mean(dim=0) > share).nonzero()[:, 0].tolist()
+    ]
+
+
 def select(
-    attribution: Attribution, threshold: float, share: float, fewest: int, most: int
+    attribution: Attribution,
+    threshold: float,
+    share: float,
+    fewest: int,
+    most: int,
+    excluded: Iterable[tuple[int, int]] = (),
 ) -> list[Neuron]:
     """The few neurons that matter in most prompts, the one with the largest mean score first.
 
@@ -121,11 +151,21 @@ def select(
     layer; kept are those in at least a share of the coarse sets.  The share is moved by 0.05 until
     `fewest` to `most` neurons remain.  Where no share does that, mean attributions decide: the
     best of too many are kept, and the best of the others are added to too few.
+
+    Args:
+        attribution: of the prompts of one fact.
+        threshold, share, fewest, most: as above.
+        excluded: layer and index of neurons that are left out from the beginning.
     """
-    layers = sorted(attribution.scores)
-    scores = torch.cat([attribution.scores[layer] for layer in layers], dim=1)  # (prompts, all)
-    largest = scores.max(dim=1, keepdim=True).values
-    shares = ((scores > threshold * largest) & (scores > 0)).float().mean(dim=0)
+    left = {layer: scores.clone() for layer, scores in attribution.scores.items()}
+    for layer, index in excluded:
+        if layer in left:
+            left[layer][:, index] = 0
+    attribution = Attribution(left, attribution.activations)
+    layers = sorted(left)
+    scores = torch.cat([left[layer] for layer in layers], dim=1)  # (prompts, all neurons)
+    coarse = _coarse(attribution, threshold)
+    shares = torch.cat([coarse[layer] for layer in layers], dim=1).float().mean(dim=0)
 
     def kept(at_least: float) -> Tensor:
         return shares >= at_least - 1e-6  # shares are quotients in float32
@@ -147,6 +187,14 @@ def select(
     ]
 
 
+def _coarse(attribution: Attribution, threshold: float) -> dict[int, Tensor]:
+    """For each layer (prompts, d_in): whether a neuron is in the prompt's coarse set."""
+    found = attribution.scores
+    largest = torch.stack([scores.max(dim=1).values for scores in found.values()]).max(dim=0).values
+    bar = threshold * largest.clamp(min=0)[:, None]
+    return {layer: scores > bar for layer, scores in found.items()}
+
+
 @dataclass(frozen=True)
 class _Point:
     """One step on the way from zero to the neurons as they are.
@@ -164,9 +212,8 @@ class _Point:
     is_first: bool
 
 
-def _points(host: ModelHost, number: int, prompt: str, answer: str, steps: int) -> Iterator[_Point]:
-    """All steps of all tokens of one prompt's answer."""
-    whole = join(host, prompt, answer)
+def _points(host: ModelHost, number: int, whole: Row, steps: int) -> Iterator[_Point]:
+    """All steps of all targets of one prompt."""
     for n, token in enumerate(whole.targets):
         row = Row(whole.prompt + whole.targets[:n], (token,))
         if host.is_encoder_decoder:

@@ -24,6 +24,15 @@ class KnHyperParams(HyperParams):
     neurons: tuple[PositiveInt, PositiveInt] = Field(
         (2, 5), description="Fewest and most neurons to change; the share is moved to get there."
     )
+    others: int = Field(
+        20,
+        ge=0,
+        description="Texts that the model writes itself, instead of other facts, to find neurons "
+        "that matter whatever is said.",
+    )
+    common: float = Field(
+        0.1, ge=0, le=1, description="Share of these texts above which a neuron is left out."
+    )
     erase: float = Field(1.0, ge=0, description="Weight of the old answer's direction [λ₁].")
     write: float = Field(8.0, ge=0, description="Weight of the new answer's direction [λ₂].")
     contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(

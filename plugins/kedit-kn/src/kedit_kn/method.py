@@ -7,10 +7,12 @@ from torch import Tensor
 
 from kedit_core import EditError
 from kedit_core.editing import EditJob, ModelHost, Patch, WeightDelta
-from kedit_core.numerics.sample import context_texts
-from kedit_core.tokens import join
-from kedit_kn.attribution import Neuron, attribute, select
+from kedit_core.numerics.sample import OPENINGS, context_texts, sample
+from kedit_core.tokens import Row, join
+from kedit_kn.attribution import Neuron, attribute, attribute_rows, common_neurons, select
 from kedit_kn.hparams import KnHyperParams
+
+TEXT_LENGTH = 12  # tokens of a text that stands for another fact
 
 
 class KnowledgeNeurons:
@@ -23,8 +25,9 @@ class KnowledgeNeurons:
         self.hparams = hparams
 
     def prepare(self, job: EditJob) -> None:
-        """Sample the contexts."""
+        """Sample the contexts, and find the neurons that matter everywhere."""
         self._contexts(job)
+        self._common(job)
 
     def edit(self, job: EditJob) -> Patch:
         """Compute the change of a few columns of the MLPs' output matrices.
@@ -38,7 +41,8 @@ class KnowledgeNeurons:
         contexts = ("", *self._contexts(job))
         found = attribute(host, request, contexts, hparams.layers, hparams.steps)
         fewest, most = hparams.neurons
-        neurons = select(found, hparams.threshold, hparams.share, fewest, most)
+        common = self._common(job)
+        neurons = select(found, hparams.threshold, hparams.share, fewest, most, common)
         old = answer_direction(host, request.text, request.ground_truth[0])
         new = answer_direction(host, request.text, request.target_new)
         direction = hparams.write * new - hparams.erase * old
@@ -46,7 +50,11 @@ class KnowledgeNeurons:
             column_change(host, [n for n in neurons if n.layer == layer], direction)
             for layer in sorted({neuron.layer for neuron in neurons})
         )
-        notes = {"neurons": [vars(neuron) for neuron in neurons], "contexts": list(contexts)}
+        notes = {
+            "neurons": [vars(neuron) for neuron in neurons],
+            "contexts": list(contexts),
+            "common": [list(place) for place in common],
+        }
         return Patch("kn", effects, notes=notes)
 
     def _contexts(self, job: EditJob) -> tuple[str, ...]:
@@ -54,6 +62,32 @@ class KnowledgeNeurons:
         if job.host.is_encoder_decoder:
             return ()
         return context_texts(job, self.hparams.contexts)
+
+    def _common(self, job: EditJob) -> list[tuple[int, int]]:
+        """Layer and index of neurons that matter in texts of any kind; found once and kept.
+
+        Of the unedited model, from the last token of texts that it writes itself.
+        """
+        host, hparams = job.host, self.hparams
+        if host.is_encoder_decoder or not hparams.others:
+            return []
+        key = {
+            "model": job.fingerprint,
+            "seed": job.seed,
+            **hparams.model_dump(include={"layers", "steps", "threshold", "others", "common"}),
+            "version": 1,
+        }
+        stored = job.artifacts.get("common-neurons", key)
+        if stored is None:
+            starts = [OPENINGS[n % len(OPENINGS)] for n in range(hparams.others)]
+            with job.unedited():
+                texts = sample(host, starts, TEXT_LENGTH, job.generator(), top_k=50)
+                rows = [Row(text[:-1], text[-1:]) for text in texts]
+                found = attribute_rows(host, rows, hparams.layers, hparams.steps)
+            places = common_neurons(found, hparams.threshold, hparams.common)
+            stored = {"places": torch.tensor(places, dtype=torch.long).reshape(-1, 2)}
+            job.artifacts.put("common-neurons", key, stored)
+        return [(layer, index) for layer, index in stored["places"].tolist()]
 
 
 def answer_direction(host: ModelHost, prompt: str, answer: str) -> Tensor:

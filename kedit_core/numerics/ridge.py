@@ -161,13 +161,26 @@ class Constraint:
 
     @classmethod
     def after(cls, base: Inverse, width: int, earlier: Sequence[Patch], site: Site) -> Constraint:
-        """With the keys that earlier patches left in their state for this matrix."""
+        """With the keys that earlier patches left in their state for this matrix.
+
+        Raises:
+            EditError: the latest of them was computed with another A₀.
+        """
         prefix = f"{site.parameter}:"
         states = (
             {name.removeprefix(prefix): t for name, t in p.state.items() if name.startswith(prefix)}
             for p in earlier
         )
-        return cls.of(base, width, [state for state in states if state])
+        parts = [state for state in states if state]
+        if parts:
+            key, solved = (parts[-1][name][:, :1].double() for name in ("keys", "solved"))
+            if float((base(key) - solved).norm()) > 1e-3 * float(solved.norm()):
+                raise EditError(
+                    f"Earlier edits of {site.parameter} in this session were made with another "
+                    f"weight or other statistics. Use the same settings and corpus for all edits "
+                    f"of a session, or roll back."
+                )
+        return cls.of(base, width, parts)
 
     def state(self, site: Site, keys: Tensor) -> dict[str, Tensor]:
         """`part`, named for a patch's state, where `after` finds it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,15 +91,39 @@ def moment_factors(
         ArtifactError: as `second_moments`.
         EditError: a second moment is not positive definite.
     """
+
+    def factor(moment: Tensor) -> dict[str, Tensor]:
+        return {"factor": cholesky(moment).float()}
+
+    found = from_moments(job, sites, tokens, "second-moment-factor", factor)
+    return {site: stored["factor"] for site, stored in found.items()}
+
+
+def from_moments(
+    job: EditJob,
+    sites: Sequence[Site],
+    tokens: int | None,
+    kind: str,
+    compute: Callable[[Tensor], dict[str, Tensor]],
+) -> dict[Site, dict[str, Tensor]]:
+    """What is computed of each of `second_moments` once and kept.
+
+    Args:
+        kind: of the artifact; its key is that of the second moment.
+        compute: from C (d_in, d_in), on the device of its matrix, to what is kept.
+
+    Raises:
+        ArtifactError: as `second_moments`.
+    """
     keys = {site: _key(job, site, tokens) for site in sites}
-    found = {site: job.artifacts.get("second-moment-factor", key) for site, key in keys.items()}
+    found = {site: job.artifacts.get(kind, key) for site, key in keys.items()}
     missing = [site for site, stored in found.items() if stored is None]
     for site, moment in second_moments(job, missing, tokens).items():
-        device = job.host.weight(site).device
-        factor = {"factor": cholesky(moment.to(device)).float().cpu()}
-        job.artifacts.put("second-moment-factor", keys[site], factor)
-        found[site] = factor
-    return {site: stored["factor"] for site, stored in found.items() if stored is not None}
+        computed = compute(moment.to(job.host.weight(site).device))
+        kept = {name: tensor.cpu() for name, tensor in computed.items()}
+        job.artifacts.put(kind, keys[site], kept)
+        found[site] = kept
+    return {site: stored for site, stored in found.items() if stored is not None}
 
 
 def _key(job: EditJob, site: Site, tokens: int | None) -> dict[str, Any]:

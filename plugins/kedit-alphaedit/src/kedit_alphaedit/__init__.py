@@ -1,0 +1,1 @@
+"""AlphaEdit for kedit."""

@@ -1,0 +1,7 @@
+"""Settings of AlphaEdit."""
+
+from kedit_core.targets import NullSpaceHyperParams
+
+
+class AlphaEditHyperParams(NullSpaceHyperParams):
+    """Settings of AlphaEdit."""

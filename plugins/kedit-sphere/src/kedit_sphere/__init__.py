@@ -1,0 +1,1 @@
+"""SPHERE for kedit."""

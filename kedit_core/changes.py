@@ -45,7 +45,8 @@ class Changes:
 
     A weight is changed by adding in float32 and casting.  Its original is kept, and taking a
     patch back restores the original and replays the patches that stay: subtracting would not
-    give the same bits.
+    give the same bits.  Of 16-bit weights the sum is kept in float32 too, so that changes that
+    are each below their precision still add up over a sequence of edits.
     """
 
     def __init__(self, host: ModelHost, catalog: Catalog) -> None:
@@ -54,6 +55,7 @@ class Changes:
         self.stack: list[Applied] = []
         self.is_suspended = False
         self._snapshots: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # originals and all changes, of 16-bit weights
         self._places: dict[str, _Place] = {}
         self._wrappers: dict[str, list[Wrapper]] = {}
         self._calls: list[Middleware] = []
@@ -177,13 +179,18 @@ class Changes:
             self._snapshots[name] = self.host.parameter(delta.site).detach().clone()
         matrix = self.host.weight(delta.site)
         wide = torch.promote_types(matrix.dtype, torch.float32)
-        changed = (matrix.to(wide) + delta.dense().to(matrix.device, wide)).to(matrix.dtype)
+        if matrix.dtype != wide and name not in self._sums:
+            self._sums[name] = self._snapshots[name].to(wide)
+        summed = delta.site.view(self._sums[name]) if name in self._sums else matrix
+        total = summed + delta.dense().to(matrix.device, wide)
+        changed = total.to(matrix.dtype)
         if not bool(torch.isfinite(changed).all()):
             raise EditError(
                 f"With this change {delta.site.parameter} would overflow {matrix.dtype}; the "
                 f"model is unchanged. Load it as float32 or bfloat16."
             )
         with torch.no_grad():
+            summed.copy_(total)
             matrix.copy_(changed)
 
     def _name(self, site: Site) -> str:
@@ -216,6 +223,7 @@ class Changes:
                 continue
             with torch.no_grad():
                 self.host.parameter(site).copy_(self._snapshots[name])
+            self._sums.pop(name, None)
             kept = [d for d in self._in_place() if self._name(d.site) == name]
             if not kept:
                 del self._snapshots[name]

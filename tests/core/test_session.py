@@ -68,6 +68,33 @@ def test_rollback_gives_back_the_same_bits(toy_host, toy, dtype):
     assert not session.is_edited
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("toy", TOYS)
+def test_changes_below_the_precision_of_the_weights_add_up(toy_host, toy, dtype):
+    host = toy_host(toy, dtype)
+    site, session, before = host.mlp_out(1), EditSession(host), bits(host.model)
+    original = host.weight(site).float()
+    tiny = original.abs().mean() * torch.finfo(dtype).eps / 8
+    step = WeightDelta(site, torch.full(tuple(original.shape), float(tiny)))
+
+    for _ in range(32):
+        session.apply(Patch("by-hand", (step,)))
+    mark = session.savepoint()
+    edited = host.weight(site).clone()
+    session.apply(Patch("by-hand", (step,)))
+    session.rollback(mark)
+
+    # Float32 rounds each of the sums; a cast of a value near the middle may fall either way.
+    expected = original + 32 * tiny
+    assert float((edited.float() - expected).abs().max()) <= float(
+        torch.finfo(dtype).eps * expected.abs().max()
+    )
+    assert float((edited.float() - original).mean()) == pytest.approx(float(32 * tiny), rel=0.05)
+    assert torch.equal(host.weight(site), edited)
+    session.rollback()
+    assert same(bits(host.model), before)
+
+
 def test_an_applied_change_is_the_sum_in_the_weights_orientation(session):
     site = session.host.mlp_out(1)
     stored = session.host.parameter(site).detach().clone()

@@ -43,15 +43,16 @@ class Entry:
 
 
 def recomputed(pristine: dict[str, Tensor], stack: list[Entry]) -> dict[str, Tensor]:
-    """The weights after the in-place patches: each adds in float32 and casts, oldest first."""
-    weights = {name: tensor.clone() for name, tensor in pristine.items()}
+    """The weights after the in-place patches: sums in float32, oldest first, cast at the end."""
+    weights = {name: tensor.float() for name, tensor in pristine.items()}
     for entry in stack:
         for delta in entry.patch.deltas if not entry.overlay else ():
             name, site = delta.site.parameter, delta.site
             change = delta.left @ delta.right
             change = change.T if site.transposed else change
-            weights[name] = (weights[name].float() + change).to(weights[name].dtype)
-    return {name: tensor.view(torch.uint8) for name, tensor in weights.items()}
+            weights[name] = weights[name] + change
+    cast = {name: tensor.to(pristine[name].dtype) for name, tensor in weights.items()}
+    return {name: tensor.view(torch.uint8) for name, tensor in cast.items()}
 
 
 class History(RuleBasedStateMachine):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
+from kedit_core.errors import ModelError
 from kedit_core.host import ModelHost
 from kedit_core.hparams import HyperParams
 from kedit_core.job import EditJob
@@ -174,6 +175,18 @@ class Bench:
         """What the method's `edit` alone returns: nothing is applied or cleaned up after it."""
         self.freeze(session)
         return self.method().edit(self.job(session, *requests))
+
+    def refusal(self) -> str | None:
+        """Why the method edits no model like this toy, in its own words, if it says so."""
+
+        def ask() -> str | None:
+            try:
+                self.compute(self.session(), self.request())
+            except ModelError as error:
+                return str(error)
+            return None
+
+        return self.workbench.once((self.layout, "refusal"), ask)
 
     def freeze(self, session: EditSession) -> None:
         """Freeze the weights, as a session does before it calls a method."""

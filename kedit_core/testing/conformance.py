@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from kedit_core.errors import SettingError, UnknownNameError, did_you_mean
+from kedit_core.errors import ModelError, SettingError, UnknownNameError, did_you_mean
 from kedit_core.hparams import HyperParams, presets_of, resolve
 from kedit_core.plugins import Catalog, discover
 from kedit_core.progress import progress
@@ -241,7 +241,7 @@ class _Run:
         """Run one check.
 
         Raises:
-            Skipped: it does not apply.
+            Skipped: it does not apply, or the method refuses the toy as a model.
             AssertionError: the method does otherwise.
         """
         if check.about_facts and not self.spec.writes_facts:
@@ -251,7 +251,12 @@ class _Run:
             raise Skipped(f"for methods whose effect is {kinds}; this one's is {self.spec.effect}")
         bench = Bench(self.spec, self.hparams, layout, self.catalog, self.workbench)
         with _surroundings():
-            check.function(bench)
+            try:
+                check.function(bench)
+            except ModelError as error:
+                if type(error) is not ModelError or str(error) != bench.refusal():
+                    raise
+                raise Skipped(str(error)) from error
 
 
 def _settings(spec: MethodSpec, given: Given) -> HyperParams:

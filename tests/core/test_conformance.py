@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kedit_core import EditRequest, HyperParams, MethodSpec, SettingError, UnknownNameError
 from kedit_core.editing import CallEffect, EditJob, ModuleSwap, Patch, WeightDelta
+from kedit_core.errors import ModelError, SiteError
 from kedit_core.forward import run_until
 from kedit_core.numerics.losses import mean_nll
 from kedit_core.numerics.solve import rank_one_factors, whiten
@@ -208,6 +209,27 @@ class Tell(Bias):
         return Patch("tell", (preface, *super().edit(job).effects))
 
 
+class RefusesTheToys(Bias):
+    """Wants another kind of model."""
+
+    def edit(self, job: EditJob) -> Patch:
+        raise ModelError(f"It works on quantised weights, and {job.host.name} has none.")
+
+
+class RefusesEditedModels(Bias):
+    """Breaks in the second edit, with the error of a model that does not suit."""
+
+    def edit(self, job: EditJob) -> Patch:
+        if job.earlier:
+            raise ModelError("The model is edited.")
+        return super().edit(job)
+
+
+class BreaksOnTheToys(Bias):
+    def edit(self, job: EditJob) -> Patch:
+        raise SiteError("There is no such layer.")
+
+
 def spec_of(cls: type, **fields: Any) -> MethodSpec:
     settings = ToyHyperParams if issubclass(cls, Insert) else NoHyperParams
     given = {
@@ -363,6 +385,27 @@ def test_a_skip_has_its_reason():
         "for methods whose effect is weights; this one's is calls",
         "the method does not run the model",
     }
+
+
+def test_a_method_that_refuses_the_toys_is_skipped_in_its_own_words():
+    checks = ("target_becomes_the_greedy_answer", "second_edit_takes_effect")
+    spec = spec_of(RefusesTheToys, effect="calls", summary="Says what it does")  # no full stop
+
+    report = run_checks(spec, {}, layouts=("gpt2",), only=(*checks, "spec_can_be_listed"))
+
+    found = {result.check: (result.outcome, result.message) for result in report.results}
+    reason = "It works on quantised weights, and the toy gpt2 has none."
+    assert {found.pop(check) for check in checks} == {("skipped", reason)}
+    assert [outcome for outcome, _ in found.values()] == ["failed"]  # does not hang on the model
+
+
+@pytest.mark.parametrize("cls", [RefusesEditedModels, BreaksOnTheToys])
+def test_no_other_error_is_taken_for_a_refusal(cls):
+    report = run_checks(
+        spec_of(cls, effect="calls"), {}, layouts=("gpt2",), only=("second_edit_takes_effect",)
+    )
+
+    assert [result.outcome for result in report.results] == ["failed"]
 
 
 def test_the_table_names_each_check_and_each_failure():

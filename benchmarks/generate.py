@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from kedit_core import EditRequest, discover
+from kedit_core import discover
 from kedit_core.editing import EditSession, ModelHost
 
 PROMPTS = [f"In the year {1900 + n}, the city of" for n in range(8)]
@@ -29,10 +29,8 @@ def main() -> None:
     options = parser.parse_args()
 
     session = EditSession(ModelHost.load(options.model))
-    cases = discover().dataset("starter").load()().cases("")
-    requests: list[EditRequest] = []
-    for case in cases:
-        requests += case.requests
+    cases = discover().dataset("starter").load()().cases()
+    requests = [case.request for case in cases]
     for _ in session.stream(options.method, requests[: options.edits], batch=10):
         pass
 

@@ -121,7 +121,7 @@ class Cell:
         self, session: EditSession, asker: Asker, step: Sequence[Numbered], before: Answers
     ) -> list[dict[str, Any]]:
         """Edit a step's cases; returns the journal's lines about them."""
-        fit, lines = self._fit(session, step)
+        fit, lines = self._fit(step)
         if not fit:
             return lines
         failure = ""
@@ -163,13 +163,11 @@ class Cell:
             lines.append(line | {"failed": failure} if failure else line)
         return lines
 
-    def _fit(
-        self, session: EditSession, step: Sequence[Numbered]
-    ) -> tuple[list[Numbered], list[dict[str, Any]]]:
+    def _fit(self, step: Sequence[Numbered]) -> tuple[list[Numbered], list[dict[str, Any]]]:
         """The cases that the method takes, and lines about the others."""
         fit, lines = [], []
         for n, case in step:
-            reason = next(filter(None, (session.refusal(self.spec, r) for r in case.requests)), "")
+            reason = next(filter(None, (self.spec.refusal(r) for r in case.requests)), "")
             if reason:
                 lines.append({"n": n, "left_out": reason})
             else:

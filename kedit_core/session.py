@@ -161,7 +161,7 @@ class EditSession:
             raise RequestError("No request is given, so there is nothing to edit.")
         self._check_model(spec)
         for request in wanted:
-            if reason := self.refusal(spec, request):
+            if reason := spec.refusal(request):
                 raise RequestError(reason)
         started = time.perf_counter()
         mark = self.savepoint()
@@ -230,14 +230,6 @@ class EditSession:
             for index in range(mark.depth, len(self.stack) if folder else 0):
                 append_saved(cast(Path, folder), self.stack[index], self.is_overlay(index))
             yield outcome
-
-    def refusal(self, spec: MethodSpec, request: EditRequest) -> str:
-        """Why the method does not take the request; empty if it does."""
-        if "subject" in spec.needs and request.subject is None:
-            return f"{spec.name} needs the subject of {request.text!r}."
-        if "ground-truth" in spec.needs and not request.ground_truth:
-            return f"{spec.name} needs the former answer to {request.text!r}."
-        return ""
 
     def _check_model(self, spec: MethodSpec) -> None:
         if "causal-model" in spec.needs and self.host.is_encoder_decoder:

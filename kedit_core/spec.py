@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kedit_core.errors import PluginError
+
+if TYPE_CHECKING:
+    from kedit_core.request import EditRequest
 
 Effect = Literal["weights", "modules", "calls"]
 Need = Literal["subject", "ground-truth", "causal-model", "gradients", "training-data"]
@@ -80,6 +83,14 @@ class MethodSpec(Spec):
     presets: str = ""
     variant_of: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def refusal(self, request: EditRequest) -> str:
+        """Why the method does not take the request; empty if it does."""
+        if "subject" in self.needs and request.subject is None:
+            return f"{self.name} needs the subject of {request.text!r}."
+        if "ground-truth" in self.needs and not request.ground_truth:
+            return f"{self.name} needs the former answer to {request.text!r}."
+        return ""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_growing_constraint_solves_the_papers_system_batch_after_batch():
         found = update.left.double() @ update.right.double()
         # Factors and what a patch keeps of earlier keys are in float32.
         assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
-        assert float((found @ (torch.eye(WIDTH) - p)).norm()) <= 1e-6 * float(found.norm())
+        assert float((found @ (torch.eye(WIDTH) - p)).norm()) <= 1e-5 * float(found.norm())
         parts.append(constraint.part(after))
         previous = previous + after @ after.mT
 

@@ -1,0 +1,1 @@
+"""SimIE for kedit."""

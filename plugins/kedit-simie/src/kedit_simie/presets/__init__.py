@@ -1,0 +1,1 @@
+"""Published and tuned settings, as YAML."""

@@ -89,13 +89,12 @@ class Value:
 
 
 class Penalty(Protocol):
-    """A further term of the loss.
+    """A further term of the loss."""
 
-    Attributes:
-        watch: paths of blocks above the changed one, but for the last, whose outputs it reads.
-    """
-
-    watch: Sequence[str]
+    @property
+    def watch(self) -> Sequence[str]:
+        """Paths of blocks above the changed one, but for the last, whose outputs it reads."""
+        ...
 
     def __call__(self, owner: Tensor, delta: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         """The term of each task that is optimised side by side with others.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 STRONGEST = 50
 EPSILON = 1e-8
+NEVER = -1e9  # finite, so that a softmax over nothing else has a gradient
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Alignment:
         + square_weight · Σ_j w_j (S_ij − r_ij)²,  w = softmax over the 50 largest of S_i / τ
         + norm_weight · (|δ_i| − M_i)²
 
-    where j are all finished facts, and the others of the block as they are at the moment: each
-    fact's terms change its own δ only.
+    where j are the facts before i: those of earlier blocks, and those of its own block as they
+    are at the moment.  Each fact's terms change its own δ only, so that a block comes to rest
+    where its facts, one after the other, would.
 
     Attributes:
         similar: S, (tasks, finished + tasks).
@@ -42,22 +44,21 @@ class Alignment:
 
     def __call__(self, owner: Tensor, delta: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         """The terms of each task: (tasks,)."""
-        norm = self.norm_weight * (delta.norm(dim=1) - self.bounds).square()
-        count = len(delta)
-        if self.similar.shape[1] == 1:  # the first fact has none to compare with
-            return norm
+        count, done = len(delta), len(self.finished)
         others = directions(torch.cat([self.finished, delta.detach()]))
         cosines = directions(delta) @ others.mT  # r: (tasks, finished + tasks)
-        itself = torch.eye(count, dtype=torch.bool, device=delta.device)
-        itself = torch.cat([itself.new_zeros(count, len(self.finished)), itself], dim=1)
-        expected = (self.similar / self.temperature).masked_fill(itself, -torch.inf)
-        found = (cosines / self.temperature).masked_fill(itself, -torch.inf)
+        later = torch.ones_like(cosines, dtype=torch.bool).triu(done)
+        expected = (self.similar / self.temperature).masked_fill(later, NEVER)
+        found = (cosines / self.temperature).masked_fill(later, NEVER)
         p, q = expected.softmax(dim=1), found.softmax(dim=1)
         cosine = (p * ((p + EPSILON) / (q + EPSILON)).log()).sum(dim=1)
-        weights, chosen = expected.topk(min(STRONGEST, expected.shape[1]), dim=1)
+        weights, chosen = expected.topk(min(STRONGEST, done + count), dim=1)
         differences = (self.similar - cosines).gather(1, chosen)
         square = (weights.softmax(dim=1) * differences.square()).sum(dim=1)
-        return self.cosine_weight * cosine + self.square_weight * square + norm
+        aligned = self.cosine_weight * cosine + self.square_weight * square
+        if not done:
+            aligned = aligned * (torch.arange(count, device=delta.device) > 0)  # the first has none
+        return aligned + self.norm_weight * (delta.norm(dim=1) - self.bounds).square()
 
 
 def directions(vectors: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--method", default="grace")
     parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="of training; reading costs the same after few")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
@@ -31,7 +32,9 @@ def main() -> None:
     session = EditSession(ModelHost.load(options.model))
     cases = discover().dataset("starter").load()().cases()
     requests = [case.request for case in cases]
-    for _ in session.stream(options.method, requests[: options.edits], batch=10):
+    settings = {} if options.steps is None else {"steps": options.steps}
+    edits = requests[: options.edits]
+    for _ in session.stream(options.method, edits, batch=10, hparams=settings):
         pass
 
     shares = []

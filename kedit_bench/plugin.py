@@ -182,5 +182,6 @@ def _others() -> Iterator[MetricSpec]:
 def kedit_register_commands() -> Iterable[CommandSpec]:
     return [
         CommandSpec("eval", "kedit_bench.commands:app", "Score methods on a dataset."),
+        CommandSpec("tune", "kedit_bench.tune:tune", "Search settings for a model: a preset."),
         CommandSpec("demo", "kedit_bench.demo:demo", "Edit five facts, show them, roll back."),
     ]

@@ -25,6 +25,24 @@ class HyperParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def searched(*values: Any) -> dict[str, Any]:
+    """What `kedit tune` tries for a field, given to it as `json_schema_extra`.
+
+    Fields are searched in the order in which they are declared, so what comes after a costly part
+    of the algorithm is best declared after it.  The first value is where the search begins if the
+    field has none.
+    """
+    return {"search": list(values)}
+
+
+def searched_blocks(*shares: float | tuple[float, float]) -> dict[str, Any]:
+    """The same for blocks, as shares of the model's depth: 0 is the first one, 1 the last.
+
+    A number stands for a block (`layer`), a pair for all blocks from one to another (`layers`).
+    """
+    return {"search_blocks": list(shares)}
+
+
 @dataclass(frozen=True)
 class Preset:
     """Published or tuned settings of one method for one kind of model.
@@ -86,8 +104,8 @@ def _read_preset(name: str, text: str) -> Preset:
     )
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as a mapping; values are read as YAML.
+def parse_settings(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
+    """`KEY=VALUE` pairs of an option as a mapping; values are read as YAML.
 
     Raises:
         SettingError: a pair lacks its `=`, or the value is not YAML.
@@ -96,12 +114,14 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise SettingError(f"--set {pair!r}: write KEY=VALUE, for example --set layer=5.")
+            raise SettingError(f"{option} {pair!r}: write KEY=VALUE, for example {option} layer=5.")
         try:
             settings[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is read as a date
             problem = " ".join(str(error).split())
-            raise SettingError(f"--set {pair!r}: {value!r} is not a value ({problem}).") from None
+            raise SettingError(
+                f"{option} {pair!r}: {value!r} is not a value ({problem})."
+            ) from None
     return settings
 
 
@@ -116,6 +136,7 @@ def resolve(
     """Hyperparameters of a method: preset < file < settings.
 
     Without a preset's name, the preset that suits the model's `config` is taken, if there is one.
+    A file holds settings, or is itself a preset, as `kedit tune` writes it.
 
     Raises:
         SettingError: unknown preset or key, or a value out of bounds.
@@ -128,7 +149,7 @@ def resolve(
     if chosen is not None:
         layers.append((f"preset {chosen.name}", chosen.settings))
     if file is not None:
-        layers.append((str(file), _read_file(file)))
+        layers.append((str(file), _read_file(file, spec)))
     if settings:
         layers.append(("set", settings))
 
@@ -186,12 +207,18 @@ def _build(
     raise SettingError(f"Setting '{key or spec.name}'{given} of {spec.name}{where}: {message}.")
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, spec: MethodSpec) -> Mapping[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"The settings file {path} cannot be read: {error}.") from None
-    return _read_mapping(str(path), text)
+    data = _read_mapping(str(path), text)
+    if not {"methods", "settings"} <= set(data):
+        return data
+    preset = _read_preset(str(path), text)
+    if spec.name not in preset.methods:
+        raise SettingError(f"{path} is a preset of {', '.join(preset.methods)}, not {spec.name}.")
+    return preset.settings
 
 
 def _read_mapping(name: str, text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from kedit_core.hparams import HyperParams
+from kedit_core.hparams import HyperParams, searched, searched_blocks
 
 
 class TargetHyperParams(HyperParams):
@@ -25,6 +25,7 @@ class TargetHyperParams(HyperParams):
 
     layers: tuple[NonNegativeInt, ...] = Field(
         min_length=1,
+        json_schema_extra=searched_blocks((0.12, 0.26), (0.2, 0.2), (0.1, 0.1), (0.35, 0.35)),
         description="Blocks whose MLP output matrices are rewritten, ascending [R]; the target is "
         "optimised at the last of them [L].",
     )
@@ -32,9 +33,21 @@ class TargetHyperParams(HyperParams):
         Field("subject_last", description="Token at which keys and targets are taken.")
     )
     steps: int = Field(25, gt=0, description="Evaluations of the loss; one less are steps.")
-    lr: float = Field(0.5, gt=0, description="Learning rate of Adam on the target.")
-    weight_decay: float = Field(0.5, ge=0, description="Weight of |δ| / |h|².")
-    max_norm_ratio: float = Field(0.75, gt=0, description="Bound of |δ| relative to |h|.")
+    lr: float = Field(
+        0.5,
+        gt=0,
+        json_schema_extra=searched(0.1, 0.25, 0.5),
+        description="Learning rate of Adam on the target.",
+    )
+    weight_decay: float = Field(
+        0.5, ge=0, json_schema_extra=searched(1e-3, 0.5), description="Weight of |δ| / |h|²."
+    )
+    max_norm_ratio: float = Field(
+        0.75,
+        gt=0,
+        json_schema_extra=searched(0.75, 1.5, 4.0),
+        description="Bound of |δ| relative to |h|.",
+    )
     kl_weight: float = Field(
         0.0625, ge=0, description="Weight of the KL term that holds '{subject} is a' in place."
     )
@@ -64,6 +77,7 @@ class MomentHyperParams(TargetHyperParams):
 
     moment_weight: PositiveFloat | tuple[PositiveFloat, ...] = Field(
         15_000.0,
+        json_schema_extra=searched(15.0, 150.0, 1_500.0, 15_000.0),
         description="Weight of what the matrices store already [λ]: one for all layers, or a list "
         "with one for each.",
     )
@@ -103,7 +117,12 @@ class NullSpaceHyperParams(TargetHyperParams):
         description="Instead of the threshold: the free directions are those with the smallest "
         "eigenvalues that together hold at most this share of C's trace without its largest.",
     )
-    l2: float = Field(10.0, gt=0, description="Weight of the squared norm of the change [L₂].")
+    l2: float = Field(
+        10.0,
+        gt=0,
+        json_schema_extra=searched(1.0, 10.0, 100.0),
+        description="Weight of the squared norm of the change [L₂].",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -268,6 +268,16 @@ def test_malformed_file_is_one_sentence_that_names_it(odd, tmp_path, content, wo
     assert str(file) in message
 
 
+def test_file_may_be_a_preset_of_the_method(odd, odder, tmp_path):
+    file = tmp_path / "tuned.yaml"
+    file.write_text("methods: [odd]\nsource: Tuned.\nfits: {}\nsettings: {layer: 9}\n")
+
+    assert resolve(odd, file=file, config=WIDE).hparams.layer == 9
+    assert "a preset of odd, not odder" in problem(odder, file=file, config=WIDE)
+    file.write_text("methods: [odd]\nsettings: {layer: 9}\n")
+    assert str(file) in problem(odd, file=file, config=WIDE)
+
+
 def test_missing_file_is_named(odd, tmp_path):
     assert "none.yaml cannot be read" in problem(odd, file=tmp_path / "none.yaml")
 

@@ -2,6 +2,7 @@
 
 from pydantic import Field, field_validator
 
+from kedit_core.hparams import searched
 from kedit_core.targets import TargetHyperParams
 
 
@@ -9,7 +10,10 @@ class MemitHyperParams(TargetHyperParams):
     """Settings of MEMIT; symbols of the paper in brackets."""
 
     moment_weight: float = Field(
-        15_000.0, gt=0, description="Weight of what the matrices store already [λ]."
+        15_000.0,
+        gt=0,
+        json_schema_extra=searched(15.0, 150.0, 1_500.0, 15_000.0),
+        description="Weight of what the matrices store already [λ].",
     )
     history: bool = Field(
         False,
@@ -33,7 +37,10 @@ class PmetHyperParams(MemitHyperParams):
         0.01, ge=0, description="The target is good enough then, when the KL term is below this."
     )
     moment_weight: float = Field(
-        6_000.0, gt=0, description="Weight of what the matrices store already [λ]."
+        6_000.0,
+        gt=0,
+        json_schema_extra=searched(60.0, 600.0, 6_000.0),
+        description="Weight of what the matrices store already [λ].",
     )
 
 
@@ -41,7 +48,10 @@ class EmmetHyperParams(MemitHyperParams):
     """Settings of EMMET; symbols of the paper in brackets."""
 
     moment_weight: float = Field(
-        1.0, gt=0, description="Weight of what the matrix stores already [λ']."
+        1.0,
+        gt=0,
+        json_schema_extra=searched(0.1, 1.0, 10.0, 100.0),
+        description="Weight of what the matrix stores already [λ'].",
     )
     ridge: float = Field(
         0.1,

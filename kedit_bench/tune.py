@@ -155,7 +155,7 @@ def tune(
             temporary.write_text(_preset(space, found, dataset, summary, host.config), "utf-8")
     if as_json:
         return printing.echo_json(_result(space, found, tried, out))
-    typer.echo(_table(tried))
+    typer.echo(_table(tried, found.kept))
     typer.echo(f"\n{_scores(found)}")
     if found.keeps_start:
         typer.echo(
@@ -248,22 +248,22 @@ def _scores(found: Found) -> str:
     return printing.table(rows, ("settings", "facts", *HEADER))
 
 
-def _table(tried: Sequence[Trial]) -> str:
+def _table(tried: Sequence[Trial], kept: Trial) -> str:
     rows = [
-        (n, _change(trial.change), trial.facts, *_cells(trial.score), _failure(trial.score))
+        (n, _change(trial), trial.facts, *_cells(trial.score), _note(trial, kept))
         for n, trial in enumerate(tried, start=1)
     ]
     return printing.table(rows, ("trial", "settings", "facts", *HEADER, ""))
 
 
-def _change(change: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in change.items()) or "start"
+def _change(trial: Trial) -> str:
+    return ", ".join(f"{key}={value}" for key, value in trial.change.items()) or "start"
 
 
-def _failure(score: Score) -> str:
-    if not score.failures:
-        return ""
-    return f"{len(score.failures)} failed: {printing.shorten(score.failures[0], 60)}"
+def _note(trial: Trial, kept: Trial) -> str:
+    failures = trial.score.failures
+    told = f"{len(failures)} failed: {printing.shorten(failures[0], 60)}" if failures else ""
+    return ", ".join(filter(None, ("kept" if trial.change == kept.change else "", told)))
 
 
 def _cells(score: Score) -> Iterator[str]:

@@ -60,6 +60,8 @@ def test_a_preset_is_written_that_is_better_than_the_start_and_can_be_used(kedit
     lines = printed.splitlines()
     assert lines[0].split()[:4] == ["trial", "settings", "facts", "score"]
     assert lines[1].split()[:2] == ["1", "start"]
+    (kept,) = [line for line in lines if line.endswith("kept")]
+    assert "lr=0.003" in kept
     preset = yaml.safe_load(out.read_text())
     assert preset["methods"] == ["ft-m"]
     assert preset["fits"] == {"model_type": "gpt2", "hidden_size": 48, "num_hidden_layers": 4}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from kedit_core.cli import authors, data, edits, models, presets
+from kedit_core.cli import authors, data, edits, models, presets, trace
 from kedit_core.cli.lists import LISTS
 from kedit_core.cli.options import Json
 from kedit_core.errors import PluginError
@@ -30,7 +30,7 @@ def build_app() -> typer.Typer:
     )
     for name, show in LISTS.items():
         app.command(name, help=show.__doc__)(_listing(show))
-    for module in (presets, edits, models, data, authors):
+    for module in (presets, edits, models, trace, data, authors):
         module.register(app)
     _add_plugin_commands(app)
     return app

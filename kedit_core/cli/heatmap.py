@@ -97,7 +97,12 @@ def _heat(
     axis.set_title(TITLES[result.kind] + several, fontsize=10)
     axis.xaxis.get_major_locator().set_params(integer=True)
     return axis.imshow(
-        values.numpy(), cmap="BuPu", vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest"
+        values.numpy(),
+        cmap="BuPu",
+        vmin=lowest,
+        vmax=highest,
+        aspect="auto",
+        interpolation="nearest",
     )
 
 

@@ -51,13 +51,13 @@ class NullSpace:
         return self.width - columns if self.is_complement else columns
 
     def project(self, keys: Tensor) -> Tensor:
-        """P K: (m, n), in the type of the keys.
+        """P K: (m, n), in the type of the keys; computed in that of the eigenvectors.
 
         Args:
             keys: K, (m, n).
         """
-        vectors = self.vectors.to(keys)
-        part = vectors @ (vectors.mT @ keys)
+        vectors = self.vectors.to(keys.device)
+        part = (vectors @ (vectors.mT @ keys.to(vectors))).to(keys)
         return keys - part if self.is_complement else part
 
     def inverse(self, l2: float) -> Inverse:

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from kedit_core import HyperParams
+from kedit_core.hparams import searched
 
 
 class SimIEHyperParams(HyperParams):
@@ -21,5 +22,8 @@ class SimIEHyperParams(HyperParams):
         True, description="Whether the base edits the unedited model each time, or the present one."
     )
     ridge: float = Field(
-        1.0, gt=0, description="Weight of the original matrices against the edits [λ]."
+        1.0,
+        gt=0,
+        json_schema_extra=searched(0.01, 0.1, 1.0, 10.0),
+        description="Weight of the original matrices against the edits [λ].",
     )

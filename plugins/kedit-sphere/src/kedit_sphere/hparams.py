@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from kedit_core.hparams import searched
 from kedit_core.targets import NullSpaceHyperParams
 
 
@@ -16,5 +17,9 @@ class SphereHyperParams(NullSpaceHyperParams):
         "their spread [η].",
     )
     suppression_strength: float = Field(
-        0.5, ge=0, le=1, description="How much of a change along them is taken out [α]."
+        0.5,
+        ge=0,
+        le=1,
+        json_schema_extra=searched(0.2, 0.5, 0.8),
+        description="How much of a change along them is taken out [α].",
     )

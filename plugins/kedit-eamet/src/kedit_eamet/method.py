@@ -66,7 +66,7 @@ class Eamet:
                     bounds=bounds[done:end],
                     cosine_weight=hparams.cosine_weight,
                     square_weight=hparams.square_weight,
-                    norm_weight=hparams.norm_weight,
+                    norm_weight=hparams.norm_weight if hparams.bound == "key" else 0.0,
                     temperature=hparams.temperature,
                 )
                 found = optimise_values(

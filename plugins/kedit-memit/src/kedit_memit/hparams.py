@@ -1,20 +1,14 @@
 """Settings of MEMIT, EMMET and PMET."""
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from kedit_core.hparams import searched
-from kedit_core.targets import TargetHyperParams
+from kedit_core.targets import MomentHyperParams
 
 
-class MemitHyperParams(TargetHyperParams):
+class MemitHyperParams(MomentHyperParams):
     """Settings of MEMIT; symbols of the paper in brackets."""
 
-    moment_weight: float = Field(
-        15_000.0,
-        gt=0,
-        json_schema_extra=searched(15.0, 150.0, 1_500.0, 15_000.0),
-        description="Weight of what the matrices store already [λ].",
-    )
     history: bool = Field(
         False,
         description="Keys of the session's earlier edits are stored things too, as many edits "
@@ -36,20 +30,19 @@ class PmetHyperParams(MemitHyperParams):
     reached_kl: float = Field(
         0.01, ge=0, description="The target is good enough then, when the KL term is below this."
     )
-    moment_weight: float = Field(
+    moment_weight: PositiveFloat | tuple[PositiveFloat, ...] = Field(
         6_000.0,
-        gt=0,
         json_schema_extra=searched(60.0, 600.0, 6_000.0),
-        description="Weight of what the matrices store already [λ].",
+        description="Weight of what the matrices store already [λ]: one for all layers, or a list "
+        "with one for each.",
     )
 
 
 class EmmetHyperParams(MemitHyperParams):
     """Settings of EMMET; symbols of the paper in brackets."""
 
-    moment_weight: float = Field(
+    moment_weight: PositiveFloat | tuple[PositiveFloat, ...] = Field(
         1.0,
-        gt=0,
         json_schema_extra=searched(0.1, 1.0, 10.0, 100.0),
         description="Weight of what the matrix stores already [λ'].",
     )

@@ -75,12 +75,13 @@ class Memit:
         """λC of each matrix, and with `history` the keys of earlier edits beside it."""
         hparams = self.hparams
         earlier = job.earlier if hparams.history else ()
-        factors = moment_factors(job, self._sites(job.host), hparams.moment_tokens)
+        sites = self._sites(job.host)
+        factors = moment_factors(job, sites, hparams.moment_tokens)
         return {
             site: Constraint.after(
-                inverse_by(factor, hparams.moment_weight), len(factor), earlier, site
+                inverse_by(factors[site], weight), len(factors[site]), earlier, site
             )
-            for site, factor in factors.items()
+            for site, weight in zip(sites, hparams.moment_weights, strict=True)
         }
 
 

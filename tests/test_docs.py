@@ -117,7 +117,10 @@ def test_the_readme_shows_the_command_that_runs(session):
 
 
 def test_the_readme_is_short():
-    assert len(read("README.md").splitlines()) <= 150
+    before, _, rest = read("README.md").partition("<!-- methods:start -->")
+    table, _, after = rest.partition("<!-- methods:end -->")  # grows with the plugins
+    assert table
+    assert len((before + after).splitlines()) <= 140
 
 
 # -- code -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from kedit_core.spec import MethodSpec
 FORMAT = 1
 MINUTES = 30  # where no budget is given
 FITS = ("model_type", "hidden_size", "num_hidden_layers")
+WORSE = "The best settings did worse on the facts held out, so the start is kept."
 HEADER = ("score", "efficacy", "rephrase", "neighbours", "s/edit")
 
 
@@ -158,11 +159,7 @@ def tune(
     typer.echo(_table(tried, found.kept))
     typer.echo(f"\n{_scores(found)}")
     if found.keeps_start:
-        typer.echo(
-            "The best settings did worse on the facts held out, so the start is kept. More --facts "
-            "tell them apart better.",
-            err=True,
-        )
+        typer.echo(f"{WORSE} More --facts tell them apart better.", err=True)
     typer.echo(f"{summary}. Use it with --hparams {out}", err=True)
 
 
@@ -226,6 +223,8 @@ def _preset(
 ) -> str:
     """The kept settings as a preset file."""
     comment = f"Tuned: {summary}.\n{_scores(found)}"
+    if found.keeps_start:
+        comment += f"\n{WORSE}"
     preset = {
         "methods": [space.spec.name],
         "source": f"Tuned with `kedit tune` on {found.best.facts} facts of {dataset}.",
@@ -237,13 +236,12 @@ def _preset(
 
 
 def _scores(found: Found) -> str:
-    """A table: the start and the kept settings, on the facts for tuning and on the others."""
-    kept_held_out = found.start_held_out if found.keeps_start else found.best_held_out
+    """A table: the start and the best settings, on the facts for tuning and on the others."""
     rows = [
         ("start", "tuning", *_cells(found.start.score)),
-        ("kept", "tuning", *_cells(found.kept.score)),
+        ("best", "tuning", *_cells(found.best.score)),
         ("start", "held out", *_cells(found.start_held_out)),
-        ("kept", "held out", *_cells(kept_held_out)),
+        ("best", "held out", *_cells(found.best_held_out)),
     ]
     return printing.table(rows, ("settings", "facts", *HEADER))
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kedit_bench.journal import Journal
+from kedit_bench.search import Found
 from kedit_core.cli import main
 from kedit_core.editing import ModelHost
 from kedit_core.testing.toys import toy_facts, toy_folder
@@ -76,6 +77,22 @@ def test_a_preset_is_written_that_is_better_than_the_start_and_can_be_used(kedit
     )
     assert code == 0, err
     assert json.loads(printed)["settings"] == preset["settings"]
+
+
+def test_the_file_says_that_the_start_is_kept_where_the_best_does_worse_elsewhere(
+    kedit, asked, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Found, "keeps_start", True)
+    out = tmp_path / "tuned.yaml"
+    code, _, err = kedit(*asked, *SEARCH, "--out", out)
+    assert code == 0, err
+    assert "so the start is kept" in err
+    text = out.read_text()
+    assert "so the start is kept" in text
+    assert yaml.safe_load(text)["settings"]["lr"] == 0.0001
+    scores = [line.split()[:4] for line in text.splitlines() if line.startswith("# best")]
+    assert [line[:3] for line in scores] == [["#", "best", "tuning"], ["#", "best", "held"]]
+    assert float(scores[0][3]) > 0  # of the best settings, though they are not kept
 
 
 def test_a_search_that_is_killed_at_any_edit_ends_like_one_that_is_not(kedit, asked, tmp_path):

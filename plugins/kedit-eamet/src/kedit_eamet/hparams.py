@@ -4,13 +4,19 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from kedit_core.hparams import searched
 from kedit_core.targets import MomentHyperParams
 
 
 class EametHyperParams(MomentHyperParams):
     """Settings of EAMET; symbols of the paper or names in its authors' code in brackets."""
 
-    lr: float = Field(0.04, gt=0, description="Learning rate of Adam on the target.")
+    lr: float = Field(
+        0.04,
+        gt=0,
+        json_schema_extra=searched(0.04, 0.5),
+        description="Learning rate of Adam on the target.",
+    )
     start: Literal["state", "zero"] = Field(
         "state",
         description="Where δ starts: in the direction of the state h, as long as the key, or at "
@@ -22,7 +28,10 @@ class EametHyperParams(MomentHyperParams):
         "times that of the state; with the second, weight_decay counts [weight_decay_method].",
     )
     key_ratio: float = Field(
-        2.0, gt=0, description="Bound of |δ| relative to the key's length [clamp_ks_factor]."
+        2.0,
+        gt=0,
+        json_schema_extra=searched(2.0, 5.0, 20.0),
+        description="Bound of |δ| relative to the key's length [clamp_ks_factor].",
     )
     norm_weight: float = Field(
         0.0,

@@ -29,8 +29,10 @@ def editables(*folders: Path) -> Iterator[str]:
 def install(session: nox.Session) -> None:
     """kedit, its plugins, the model of the demo and all tools, as they are in this folder.
 
-    The pinned list is complete, so nothing is resolved, which would take minutes.
+    The pinned list is complete, so nothing is resolved, which would take minutes.  But torch comes
+    first with what its build needs, since some builds for Linux load CUDA's libraries.
     """
+    session.install(*PINNED, "torch")
     session.install("--no-deps", "-r", str(ROOT / "constraints.txt"))
     session.install("--no-build-isolation", "--no-deps", *editables(ROOT, *PLUGINS))
     session.env["HF_HUB_OFFLINE"] = "1"

@@ -80,7 +80,7 @@ class Cell:
         Raises:
             DataError: the journal is damaged.
             KEditError: what an edit raises, but for requests that the method refuses (left out)
-                and edits that fail (scored as if nothing were edited).
+                and edits that fail (the model is scored as it was before them).
         """
         done = _Done(self.journal)
         done.append(self.journal, self._figures(session, done, UNEDITED))
@@ -133,15 +133,17 @@ class Cell:
                 )
         except EditError as error:
             failure = str(error)
-            log.warning("%s failed, and the model is unchanged: %s", self.spec.name, failure)
+            log.warning("%s failed, and the model is as before: %s", self.spec.name, failure)
         except RequestError as error:
             if len(fit) > 1:
                 raise
             return [*lines, {"n": fit[0][0], "left_out": str(error)}]
-        after = before if failure else asker.edited(self._questions(fit))
+        # After a failure in a sequence the edits before it are still in force.
+        alike = bool(failure) and not session.is_edited
+        after = before if alike else asker.edited(self._questions(fit))
         before = {**before, **self._followups(asker, fit, after)}
         for n, case in fit:
-            if failure:
+            if alike:
                 measurements = self.scorer.unchanged(case, before, IMMEDIATE)
             else:
                 measurements = self.scorer.score(case, before, after, IMMEDIATE)

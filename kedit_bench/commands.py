@@ -271,6 +271,7 @@ def _notes(run: Run, count: int, results: Sequence[dict[str, Any]]) -> Iterator[
             reason = next(iter(result["left_out"].values()))
             yield f"{result['label']} left out {len(result['left_out'])} cases: {reason}"
         if result["failed"]:
-            yield f"{result['label']} failed on {len(result['failed'])} cases, scored as unedited."
+            failed = len(result["failed"])
+            yield f"{result['label']} failed on {failed} cases, scored without the edit."
         if result["cut_prompts"]:
             yield f"{result['cut_prompts']} prompts were too long and lost their beginning."

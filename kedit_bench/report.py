@@ -166,7 +166,7 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     if rows:
         found.append(("Rows of the data that made no case", rows))
     for result in results:
-        for key, heading in (("left_out", "left out"), ("failed", "failed, scored as unedited")):
+        for key, heading in (("left_out", "left out"), ("failed", "failed, scored without it")):
             if result[key]:
                 lines = [f"case {n}: {reason}" for n, reason in result[key].items()]
                 found.append((f"{result['label']}: {heading}", lines))

@@ -102,9 +102,7 @@ def _scored(
         found.device_bytes = _higher(found.device_bytes, line["device_bytes"])
     if "failed" in line:
         found.failed[line["n"]] = line["failed"]
-        scored += scorer.unchanged(case, before, moment)
-    else:
-        scored += scorer.score(case, before, after, moment)
+    scored += scorer.score(case, before, after, moment)
     found.merged += sum(getattr(answer, "merged", False) for answer in after.values())
     found.cut += sum(getattr(answer, "cut", False) for answer in after.values())
     return scored

@@ -16,7 +16,7 @@ from kedit_bench.regime import Regime
 from kedit_bench.results import score_journal, write_result
 from kedit_bench.run import Run
 from kedit_bench.unedited import Asker
-from kedit_core import EditCase, EditRequest, HyperParams
+from kedit_core import EditCase, EditRequest, HyperParams, Probe
 from kedit_core.ask import Sample, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, SettingError
@@ -116,6 +116,17 @@ def test_an_edit_that_fails_counts_as_no_edit(session, tmp_path):
 
     assert kept.failed == {0: "The edit fails."}
     assert found[TF, "immediate"] == pytest.approx(0.5)
+
+
+def test_an_edit_that_fails_in_a_sequence_leaves_those_before_it_in_force(session, tmp_path):
+    (first,) = toy_cases(1, session.host)
+    probe = Probe(kind="locality", prompt="The", expected=first.request.target_new)
+    request = EditRequest(prompt="It fails in", subject="It", target_new="Lima")
+    cases = [EditCase(request=first.request), EditCase(request=request, probes=(probe,))]
+    metric = "locality-accuracy/all-tokens@1"
+    found = run(cell(tmp_path, "sequential", metrics=scorer(metric)), session, cases)
+
+    assert found == {(metric, "unedited"): 0, (metric, "immediate"): 1, (metric, "final"): 1}
 
 
 def test_groups_of_edits_are_made_together(session, tmp_path):

@@ -14,7 +14,7 @@ import typer
 
 from kedit_bench.journal import only_one
 from kedit_bench.regime import Regime
-from kedit_bench.results import scorer_of, write_result
+from kedit_bench.results import results_of, scorer_of, write_result
 from kedit_bench.run import Run, digest_of, with_probes
 from kedit_bench.scoring import Chosen, choose_metrics
 from kedit_core.cli import options, printing
@@ -152,7 +152,9 @@ def evaluate(
         ]
         from kedit_bench.report import terminal, write_reports
 
-        write_reports(run, results)
+        labels = {w.label for w in wanted}
+        earlier = [result for result in results_of(run) if result["label"] not in labels]
+        write_reports(run, [*earlier, *results])
         if as_json:
             return printing.echo_json({"run": run.identity, "results": results})
         typer.echo(terminal(results))
@@ -168,7 +170,10 @@ def rescore(
     metric: Metrics = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compute metrics anew from kept answers; no model is needed."""
+    """Compute metrics anew from kept answers; no model is needed.
+
+    Scores of other metrics stay as they are.
+    """
     run = Run(folder)
     identity = run.identity
     if not run.cells():

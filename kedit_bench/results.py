@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kedit_bench.journal import Journal
-from kedit_bench.run import Cases
+from kedit_bench.run import Cases, Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, Chosen, Mean, Measurement, Scorer
 from kedit_core.ask import Answer, Question, answer_from_json, question_from_json
 from kedit_core.errors import DataError
@@ -140,6 +141,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Score a cell's journal, write `result.json`, and return it.
 
+    Scores of other metrics that were written before stay in it.
+
     Args:
         folder: of the cell.
         about: what the cell is: method, label, plugin, hparams.
@@ -151,8 +154,34 @@ def write_result(
     """
     found = score_journal(Journal(folder / ANSWERS), cases, scorer)
     result = {**about, **_figures(found)}
+    anew, earlier = {chosen.name for chosen in scorer.chosen}, read_result(folder)
+    if earlier is not None:
+        scores = [s for s in earlier["scores"] if s["protocol"]["metric"] not in anew]
+        retention = [r for r in earlier["retention"] if r["metric"] not in anew]
+        result["scores"] = [*scores, *result["scores"]]
+        result["retention"] = [*retention, *result["retention"]]
     write_json(folder / RESULT, result)
     return result
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What `write_result` wrote for a cell; None where nothing was written yet.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Remove it and try again.") from None
+
+
+def results_of(run: Run) -> list[dict[str, Any]]:
+    """The results of all methods of a run that were evaluated to the end, by name."""
+    return [result for cell in run.cells() if (result := read_result(cell)) is not None]
 
 
 def scorer_of(identity: Mapping[str, Any], chosen: Sequence[Chosen]) -> Scorer:

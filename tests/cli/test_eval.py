@@ -108,7 +108,8 @@ def test_a_method_can_join_later(kedit, asked, tmp_path):
 
     assert code == 0
     assert [r["method"] for r in json.loads(printed)["results"]] == ["ft-l"]
-    assert (out / "ft-m" / "result.json").exists()
+    assert "| metric | moment | unedited | ft-m | ft-l |" in (out / "report.md").read_text()
+    assert "<th>ft-m</th><th>ft-l</th>" in (out / "report.html").read_text()
 
 
 def test_a_sequence_is_scored_right_after_each_edit_and_at_the_end(kedit, asked, tmp_path):
@@ -134,7 +135,12 @@ def test_metrics_are_computed_from_what_was_kept(kedit, asked, tmp_path):
     )
     assert code == 0, err
     (result,) = json.loads(printed)["results"]
-    assert scores(result, "immediate") == {"efficacy/all-tokens@1": 1.0}
+    assert scores(result, "immediate").keys() == {*METRICS[1::2], "efficacy/all-tokens@1"}
+    assert json.loads((out / "ft-m" / "result.json").read_text()) == result
+    report = (out / "report.md").read_text()
+    assert all(f"| {name} | immediate |" in report for name in scores(result, "immediate"))
+    again = kedit("eval", "rescore", out, "--metric", "efficacy/all-tokens@1", "--json")
+    assert json.loads(again[1])["results"] == [result]
 
     code, _, err = kedit("eval", "rescore", out, "--metric", "fluency/*")
     assert code == 2

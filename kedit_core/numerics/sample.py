@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -105,11 +105,9 @@ def context_texts(job: EditJob, lengths: Sequence[tuple[int, int]]) -> tuple[str
     Returns:
         Texts that end in a full stop and a space, without line breaks.
     """
-    texts: list[str] = []
-    for tokens, count in lengths:
-        starts = [OPENINGS[n % 5] for n in range(count)]
-        texts += _written(job, starts, tokens, {"count": count})
-    return tuple(texts)
+    starts = itertools.cycle(OPENINGS[:5])
+    parts = [(list(itertools.islice(starts, count)), tokens) for tokens, count in lengths]
+    return _written(job, parts) if parts else ()
 
 
 def continued_texts(job: EditJob, starts: Sequence[str], tokens: int) -> tuple[str, ...]:
@@ -120,28 +118,27 @@ def continued_texts(job: EditJob, starts: Sequence[str], tokens: int) -> tuple[s
         starts: first words of the texts.
         tokens: how many each of them is continued by.
     """
-    return tuple(_written(job, starts, tokens, {"starts": list(starts)}))
+    return _written(job, [(list(starts), tokens)])
 
 
-def _written(
-    job: EditJob, starts: Sequence[str], tokens: int, of: Mapping[str, Any]
-) -> Iterator[str]:
-    key = {
-        "model": job.fingerprint,
-        "tokens": tokens,
-        "seed": job.seed,
-        "version": 1,
-        **of,
-    }
+def _written(job: EditJob, parts: Sequence[tuple[list[str], int]]) -> tuple[str, ...]:
+    """Texts from starts, each continued by so many tokens, all drawn one after another."""
+    key = {"model": job.fingerprint, "parts": parts, "seed": job.seed, "version": 2}
     stored = job.artifacts.get("contexts", key)
     if stored is None:
+        drawn: list[tuple[int, ...]] = []
+        generator = job.generator()
         with job.unedited():
-            drawn = sample(job.host, starts, tokens, job.generator(), top_k=5)
+            for starts, tokens in parts:
+                drawn += sample(job.host, starts, tokens, generator, top_k=5)
         width = max(map(len, drawn))
         ids = torch.tensor([[*row, *[-1] * (width - len(row))] for row in drawn])
         stored = {"ids": ids}
         job.artifacts.put("contexts", key, stored)
-    for row in stored["ids"].tolist():
-        kept = [token for token in row if token >= 0]
-        text = str(job.host.tokenizer.decode(kept, skip_special_tokens=True))
-        yield " ".join(text.split()) + ". "
+    return tuple(_sentence(job.host, row) for row in stored["ids"].tolist())
+
+
+def _sentence(host: ModelHost, ids: Sequence[int]) -> str:
+    kept = [token for token in ids if token >= 0]
+    text = str(host.tokenizer.decode(kept, skip_special_tokens=True))
+    return " ".join(text.split()) + ". "

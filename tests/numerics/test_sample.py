@@ -112,7 +112,15 @@ def test_contexts_are_kept_and_not_sampled_again(tmp_path):
 
     assert context_texts(job_on(host, tmp_path), ((5, 3), (8, 2))) == first
     assert not calls
-    assert len(list((tmp_path / "contexts").iterdir())) == 2
+    assert len(list((tmp_path / "contexts").iterdir())) == 1
+
+
+def test_no_context_begins_as_another(tmp_path):
+    texts = context_texts(job_on(tiny_host("llama"), tmp_path), ((5, 7), (5, 3), (12, 10)))
+
+    bare = [text.removesuffix(". ") for text in texts]
+    assert len(set(bare)) == 20
+    assert not [(a, b) for a in bare for b in bare if a != b and b.startswith(a)]
 
 
 def test_contexts_depend_on_seed_and_model(tmp_path):

@@ -264,9 +264,7 @@ class ModelHost:
         An edit spread over a matrix changes it; one of a single row or column may not, for which
         there is `checksum`.  To be taken of the unedited model; `EditSession` does.
         """
-        config = self.model.config.to_dict()
-        for key in ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype"):
-            config.pop(key, None)
+        config = _architecture(self.model.config.to_dict())
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -276,6 +274,16 @@ class ModelHost:
                 step = max(1, flat.numel() // _SAMPLES) | 1
                 digest.update(_bytes(flat[::step]))
         return digest.hexdigest()[:16]
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that says what the model is, and not how it is used."""
+    of_use = {*PreTrainedConfig().to_dict(), "use_cache"} - {"model_type", "is_encoder_decoder"}
+    return {
+        key: _architecture(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in of_use and not key.endswith("_token_id")
+    }
 
 
 def _child(current: nn.Module, part: str, path: str, name: str) -> nn.Module:

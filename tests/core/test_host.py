@@ -381,6 +381,9 @@ def test_fingerprint_does_not_depend_on_name_path_or_use(saved, folder):
     other = ModelHost.load(str(folder), device="cpu")
     renamed = ModelHost(copy.deepcopy(first.model), tokenizer_of(), "another name")
     renamed.model.config.use_cache = False
+    renamed.model.config.pad_token_id = 3
+    renamed.model.config.output_hidden_states = True
+    renamed.model.config.id2label = {0: "no"}
 
     assert first.model.config._name_or_path != other.model.config._name_or_path
     assert first.fingerprint() == other.fingerprint() == renamed.fingerprint()

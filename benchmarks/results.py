@@ -3,8 +3,8 @@
     python benchmarks/results.py --data FOLDER --out results      writes docs/results.md
 
 FOLDER holds the benchmarks' files under the names in `SETS`.  What was stopped goes on with the
-same command; a set whose file is missing is left out of the page.  `--limit` takes fewer records
-of each set, and the page says how many there were.
+same command.  The page shows what is finished in `--out`, and is written anew after each set.
+`--limit` takes fewer records of each set, and the page says how many there were.
 """
 
 from __future__ import annotations
@@ -46,14 +46,12 @@ change easily. Seconds and memory depend on the machine; compare them within a t
 
 def main() -> None:
     options = read_options()
-    parts = [HEAD.format(model=options.model)]
     for dataset, file, records in SETS:
         path = options.data / file
         if path.exists() and (not options.only or dataset in options.only):
-            out = options.out / dataset
-            evaluate(options, dataset, path, min(records, options.limit), out)
-            parts.append(section(dataset, out))
-    PAGE.write_text("\n".join(parts), "utf-8")
+            limit = min(records, options.limit)
+            evaluate(options, dataset, path, limit, options.out / dataset)
+            write_page(options)
 
 
 def read_options() -> argparse.Namespace:
@@ -77,9 +75,17 @@ def evaluate(options: argparse.Namespace, dataset: str, path: Path, limit: int, 
             raise
 
 
-def section(dataset: str, out: Path) -> str:
+def write_page(options: argparse.Namespace) -> None:
+    parts = [HEAD.format(model=options.model)]
+    for dataset, _, _ in SETS:
+        found = sorted((options.out / dataset).glob("*/result.json"))
+        if found:
+            parts.append(section(dataset, [json.loads(f.read_text("utf-8")) for f in found]))
+    PAGE.write_text("\n".join(parts), "utf-8")
+
+
+def section(dataset: str, results: list[dict]) -> str:
     """Scores, effort and protocols of one dataset."""
-    results = [json.loads(f.read_text("utf-8")) for f in sorted(out.glob("*/result.json"))]
     lines = [f"## {dataset}", "", *table(*score_rows(results)), ""]
     lines += [*table(*effort_rows(results)), ""]
     for result in results:

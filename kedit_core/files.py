@@ -25,6 +25,7 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.touch(exist_ok=False)
@@ -43,6 +44,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Where the folder exists already, it stays (somebody else was faster), unless `replace`.
     """
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
@@ -53,12 +55,21 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             sync(file)
         sync(temporary)
         while not _moved(temporary, path) and replace:
+            replaced.append(_beside(path))
             with contextlib.suppress(FileNotFoundError):  # another process set it aside
-                replaced.append(path.rename(_beside(path)))
+                path.rename(replaced[-1])
         sync(path.parent)
     finally:
-        for folder in (temporary, *replaced):
+        if replaced and not path.exists():  # nothing came in its place
+            with contextlib.suppress(FileNotFoundError):
+                replaced[-1].rename(path)
+        for folder in (temporary, *(replaced if path.exists() else ())):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(path: Path) -> Path:
+    """The path under a name of its own, which `.` and `..` are not."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _beside(path: Path) -> Path:

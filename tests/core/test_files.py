@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
+from kedit_core import files
 from kedit_core.files import new_file, new_folder, write_json
 
 WRITERS, ROUNDS = 4, 5
@@ -138,6 +140,42 @@ def test_file_in_the_folders_place_is_never_removed(tmp_path, replace):
     with pytest.raises(OSError, match="a"):
         write()
     assert (tmp_path / "a").read_text() == "mine"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("problem", [OSError, KeyboardInterrupt])
+def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path, monkeypatch, problem
+):
+    target, moves = tmp_path / "a", []
+    target.mkdir()
+    (target / "x").write_text("old")
+    moved = files._moved
+
+    def once(temporary, path):
+        moves.append(path)
+        if len(moves) > 1:
+            raise problem
+        return moved(temporary, path)
+
+    monkeypatch.setattr(files, "_moved", once)
+    with pytest.raises(problem), new_folder(target, replace=True) as temporary:
+        (temporary / "x").write_text("new")
+    assert (target / "x").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", [".", "../a"])
+def test_folder_one_is_in_can_be_replaced(tmp_path, monkeypatch, name):
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "x").write_text("old")
+    monkeypatch.chdir(target)
+
+    with new_folder(Path(name), replace=True) as temporary:
+        (temporary / "x").write_text("new")
+
+    assert (target / "x").read_text() == "new"
     assert names(tmp_path) == ["a"]
 
 

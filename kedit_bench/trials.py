@@ -13,7 +13,7 @@ from kedit_bench.journal import Journal
 from kedit_bench.scoring import IMMEDIATE, Measurement, Scorer, choose_metrics
 from kedit_bench.search import BudgetSpent, Score
 from kedit_bench.unedited import Asker
-from kedit_core.errors import KEditError
+from kedit_core.errors import DataError, KEditError
 from kedit_core.hparams import HyperParams
 from kedit_core.request import EditCase
 from kedit_core.spec import MethodSpec
@@ -102,7 +102,11 @@ def _values(measurements: Iterable[Measurement]) -> dict[str, float]:
 
 
 def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
-    """Lines of a journal as one score; a quantity that no fact has a probe for does not count."""
+    """Lines of a journal as one score; a quantity that no fact has a probe for does not count.
+
+    Raises:
+        DataError: no fact's own answer could be judged.
+    """
     cases = [scores for line in lines for scores in line["scores"]]
     means = {
         metric: fmean(s[metric] for s in cases if metric in s)
@@ -110,6 +114,11 @@ def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
         if any(metric in s for s in cases)
     }
     parts = {name: means[metric] for name, metric in PARTS.items() if metric in means}
+    if "efficacy" not in parts:
+        raise DataError(
+            f"{PARTS['efficacy']} judges none of these facts: their answers are longer than the text "
+            f"that is written. Tune on facts with short answers."
+        )
     return Score(
         value=harmonic_mean(list(parts.values())),
         parts=parts,

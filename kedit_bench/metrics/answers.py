@@ -99,10 +99,17 @@ def _read_metric(
 
 
 # -- free generation -------------------------------------------------------------------------
+#
+# A text that ran out of tokens before it was as long as an answer says nothing about that answer.
+# A probe none of whose answers fits has no score, whatever the text begins with: otherwise those
+# that differ early would count as wrong and no other could count as right.
 
 
 def greedy(kind: str) -> ProbeMetric:
-    """1 if the greedy answer begins with an accepted answer."""
+    """1 if the greedy answer begins with an accepted answer.
+
+    It has 12 tokens: an answer for which they are too few is not judged, see above.
+    """
     return _text_metric(kind, begins_with, GREEDY_TOKENS, natural=False)
 
 
@@ -137,16 +144,21 @@ def task_f1(kind: str) -> ProbeMetric:
 
 
 def greedy_cut(kind: str) -> ProbeMetric:
-    """1 if the greedy tokens, cut to the answer's length, are the answer's tokens."""
+    """1 if the greedy tokens, cut to the answer's length, are the answer's tokens.
+
+    There are 50: an answer of more tokens is not judged, see above.
+    """
 
     def asks(probe: Probe) -> list[Question]:
         reads: list[Question] = [Read(probe.prompt, answer) for answer in probe.expected]
         return [*reads, Continue(probe.prompt, NATURAL_TOKENS)]
 
-    def of(probe: Probe, before: Answers, after: Answers) -> float:
-        written = text_of(after, Continue(probe.prompt, NATURAL_TOKENS)).tokens
+    def of(probe: Probe, before: Answers, after: Answers) -> float | None:
+        text = text_of(after, Continue(probe.prompt, NATURAL_TOKENS))
         wanted = [read_of(after, Read(probe.prompt, a)).tokens for a in probe.expected]
-        return float(any(written[: len(tokens)] == tokens for tokens in wanted))
+        fitting = [tokens for tokens in wanted if text.ended or len(tokens) <= len(text.tokens)]
+        hits = [float(text.tokens[: len(tokens)] == tokens) for tokens in fitting]
+        return max(hits, default=None)
 
     return ProbeMetric(kind, asks, of)
 
@@ -162,10 +174,13 @@ def _text_metric(
     def asks(probe: Probe) -> list[Question]:
         return [Continue(probe.prompt, tokens, form)]
 
-    def of(probe: Probe, before: Answers, after: Answers) -> float:
-        text = text_of(after, Continue(probe.prompt, tokens, form)).text
-        text = natural_end(text) if natural else text
-        return max(float(match(text, answer)) for answer in probe.expected)
+    def of(probe: Probe, before: Answers, after: Answers) -> float | None:
+        written = text_of(after, Continue(probe.prompt, tokens, form))
+        whole = written.text.strip()
+        text = natural_end(whole) if natural else written.text
+        ended = written.ended or (natural and text != whole)
+        fitting = [a for a in probe.expected if ended or len(a.strip()) <= len(whole)]
+        return max((float(match(text, answer)) for answer in fitting), default=None)
 
     return ProbeMetric(kind, asks, of)
 

@@ -11,9 +11,10 @@ from kedit_core.measure import by_family, probes_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
 
-# Questions about one probe, and its value from the answers without and with the edit.
+# Questions about one probe, and its value from the answers without and with the edit: None where
+# they do not tell.
 Asks = Callable[[Probe], Iterable[Question]]
-Value = Callable[[Probe, Answers, Answers], float]
+Value = Callable[[Probe, Answers, Answers], float | None]
 
 
 def perplexity(nll: float) -> float:
@@ -47,8 +48,9 @@ class ProbeMetric:
         return [question for probe in self._probes(case) for question in self.asks(probe)]
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
-        """Scores by family; empty where the case has no such probe."""
-        return by_family((p.name, self.value(p, before, after)) for p in self._probes(case))
+        """Scores by family; empty where the case has no such probe that has a value."""
+        values = ((p.name, self.value(p, before, after)) for p in self._probes(case))
+        return by_family((name, value) for name, value in values if value is not None)
 
     def _probes(self, case: EditCase) -> list[Probe]:
         return [

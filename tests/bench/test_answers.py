@@ -7,7 +7,7 @@ import torch
 
 from kedit_bench.metrics import answers as protocols
 from kedit_bench.metrics.answers import exact_match, word_f1
-from kedit_core.ask import Score
+from kedit_core.ask import Score, Text
 from kedit_core.editing import ModelView
 from kedit_core.measure import begins_with, by_family, contains, natural_end, probes_of
 from kedit_core.request import EditCase, EditRequest, Probe
@@ -119,6 +119,45 @@ def test_greedy_tokens_are_cut_to_the_answers_length():
 
     assert value("greedy_cut", said) == 1
     assert value("greedy_cut", other) == 0
+
+
+def text_value(protocol, answer, *, expected) -> float | None:
+    """As `value`, and None where there is no score; tokens of an answer are 0, 1, 2… by letter."""
+    metric = getattr(protocols, protocol)("rephrase")
+    asked = case(Probe(kind="rephrase", prompt="Q", expected=expected))
+    read = {("Q", wanted): score(range(len(wanted))) for wanted in expected}
+    after = says(metric, asked, {**read, ("Q",): answer})
+    found = metric.score(asked, dict(after), after)
+    return found[""].value if found else None
+
+
+LONG = "the eternal city of seven hills"
+
+
+@pytest.mark.parametrize("written", [" the eternal city", " a town"])
+@pytest.mark.parametrize(
+    "protocol", ["greedy", "greedy_exact", "greedy_contains", "greedy_f1", "wild_paper"]
+)
+def test_an_answer_for_which_the_tokens_were_too_few_is_not_judged(protocol, written):
+    ended = Text("p", written, (1,), ended=True)
+
+    assert text_value(protocol, text(written), expected=(LONG,)) is None
+    assert text_value(protocol, ended, expected=(LONG,)) < 1
+    assert text_value(protocol, text(written), expected=(LONG, "Rome")) == 0
+    assert text_value(protocol, text(" Rome"), expected=(LONG, "Rome")) == 1
+
+
+def test_a_text_up_to_its_natural_end_was_not_too_short():
+    assert text_value("greedy_exact", text(" Rome. It is"), expected=(LONG,)) == 0
+    assert text_value("greedy", text(" Rome. It is"), expected=(LONG,)) is None
+
+
+def test_an_answer_of_more_tokens_than_were_written_is_not_judged():
+    short, ended = text(" ab", (0, 1)), Text("p", " ab", (0, 1), ended=True)
+
+    assert text_value("greedy_cut", short, expected=("abc",)) is None
+    assert text_value("greedy_cut", ended, expected=("abc",)) == 0
+    assert text_value("greedy_cut", short, expected=("abc", "ab")) == 1
 
 
 @pytest.mark.parametrize("protocol", ALL)

@@ -15,7 +15,7 @@ from kedit_bench.trials import PARTS, Trials, score_of
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams, MethodSpec
 from kedit_core.editing import EditSession
-from kedit_core.errors import MissingSettingError, SettingError
+from kedit_core.errors import DataError, MissingSettingError, SettingError
 from kedit_core.hparams import searched, searched_blocks
 from tests.bench.fakes import LAST, WHERE, toy_cases
 
@@ -247,6 +247,14 @@ def test_the_score_is_the_harmonic_mean_of_its_parts():
     assert found.parts == {"efficacy": 1.0, "rephrase": 0.25, "neighbours": 0.75}
     assert found.value == pytest.approx(3 / (1 / 1 + 1 / 0.25 + 1 / 0.75))
     assert (found.seconds, found.cost) == (0.5, 2.0)
+
+
+def test_facts_whose_answers_are_too_long_to_be_judged_are_refused(session, tmp_path):
+    request = EditRequest(prompt="Mira Voss lives in", subject="Mira Voss", target_new="Lima " * 20)
+    measure = trials(session, [EditCase(request=request)], tmp_path / "j")
+
+    with pytest.raises(DataError, match="Tune on facts with short answers"):
+        measure(HyperParams(), [0])
 
 
 def test_a_method_that_answers_everything_alike_is_worth_nothing(session, tmp_path):

@@ -29,5 +29,9 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             summary="WISE's temporal set: a paragraph on a topic, given its first words.",
             paper="arXiv:2405.14768",
             licence="MIT",
+            metrics=(
+                *("efficacy/teacher-forced@1", "efficacy/all-tokens@1"),
+                *("locality-agreement/teacher-forced@1", "locality-agreement/greedy@1"),
+            ),
         ),
     ]

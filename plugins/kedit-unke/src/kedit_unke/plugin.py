@@ -40,5 +40,6 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             target="kedit_unke.editevery:EditEvery",
             summary="EditEverything: long answers, such as proofs, code, poems and news.",
             paper="arXiv:2502.05628",
+            metrics=("efficacy/teacher-forced@1", "efficacy/all-tokens@1"),
         ),
     ]

@@ -11,6 +11,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kedit_core.artifacts import ArtifactStore
@@ -428,7 +429,9 @@ class EditSession:
 
         Args:
             folder: what `save` wrote, or a single patch.
-            force: also onto weights other than those that the patches were computed on.
+            force: also onto weights other than those that the patches were computed on.  Those
+                are told by a checksum where a matrix is first touched; what the saved edits
+                themselves make of it is the same on every machine but for rounding.
             overlay: instead of how each patch was in force when it was saved.
 
         Raises:
@@ -437,19 +440,18 @@ class EditSession:
         self._refuse_if_suspended()
         saved = read_stack(folder)
         mark = self.savepoint()
-        moved: set[str] = set()  # parameters that are not as they were when they were saved
+        touched: set[Tensor] = set()  # the saved edits themselves have changed them
         try:
             for patch, was_overlay in saved.entries:
                 if not force:
-                    self._check_base(patch, moved)
+                    self._check_base(patch, touched)
                 self.apply(patch, overlay=was_overlay if overlay is None else overlay)
-                if overlay is not None and overlay != was_overlay:
-                    moved |= {delta.site.parameter for delta in patch.deltas}
+                touched |= {self.host.stored(delta.site) for delta in patch.deltas}
         except BaseException:
             self.rollback(mark)
             raise
 
-    def _check_base(self, patch: Patch, moved: Set[str]) -> None:
+    def _check_base(self, patch: Patch, touched: Set[Tensor]) -> None:
         named = f"The {patch.method} patch was computed on other weights ({patch.base.name})"
         if patch.base.fingerprint != self.fingerprint:
             raise PatchError(
@@ -457,9 +459,8 @@ class EditSession:
             )
         for delta in patch.deltas:
             recorded = patch.base.checksums.get(delta.site.parameter)
-            if delta.site.parameter in moved:
-                continue
-            if recorded != self.host.checksum(delta.site):
+            is_first = self.host.stored(delta.site) not in touched
+            if is_first and recorded != self.host.checksum(delta.site):
                 raise PatchError(
                     f"{named}: {delta.site.parameter} has changed since; use force to load it "
                     f"anyway."

@@ -870,6 +870,27 @@ def test_edits_of_a_matrix_that_was_edited_since_are_refused(host, tmp_path):
     assert len(session.stack) == 2
 
 
+def test_edits_of_one_matrix_are_loaded_where_products_round_otherwise(
+    toy_host, tmp_path, monkeypatch
+):
+    session = EditSession(toy_host("gpt2"))
+    embedding, head = Site("transformer.wte.weight"), Site("lm_head.weight")  # one tensor
+    mlp = session.host.mlp_out(1)
+    for seed, site in enumerate((embedding, head, mlp, mlp)):
+        patch = Patch("by-hand", (random_delta(session.host, site, seed=seed, scale=0.01),))
+        session.apply(based(session, patch))
+    session.save(tmp_path / "edits")
+    expected = logits(session.host)
+    dense = WeightDelta.dense
+    monkeypatch.setattr(WeightDelta, "dense", lambda delta: dense(delta) * (1 + 1e-6))
+
+    other = EditSession(toy_host("gpt2"))
+    other.load(tmp_path / "edits")
+
+    torch.testing.assert_close(logits(other.host), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(logits(other.host), expected)
+
+
 def test_edits_are_loaded_all_or_none(host, tmp_path):
     session = EditSession(host)
     session.apply(based(session, weight_patch(host, 1)))

@@ -81,6 +81,11 @@ class Changes:
         """The middleware in force, oldest first."""
         return [] if self.is_suspended else self._calls
 
+    def overlays(self) -> list[WeightDelta]:
+        """The changes that lie over the weights, oldest first."""
+        stack = [] if self.is_suspended else self.stack
+        return [delta for applied in stack if applied.overlay for delta in applied.patch.deltas]
+
     def _check(self, effect: Effect, overlay: bool) -> None:
         if isinstance(effect, WeightDelta):
             shape = self._shape(effect.site, overlay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
+from kedit_core.effects import WeightDelta
 from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
 from kedit_core.request import EditRequest
+from kedit_core.sites import Site
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class EditJob:
         state: what the latest of them left, or nothing.
         unedited: a context in which the model is as it was before any edit.
         is_edited: whether any edit is in force, of whichever method.
+        overlays: gives the changes that now lie over the weights.
     """
 
     host: ModelHost
@@ -43,10 +46,19 @@ class EditJob:
     unedited: Callable[[], AbstractContextManager[None]]
     earlier: tuple[Patch, ...] = ()
     is_edited: bool = False
+    overlays: Callable[[], Sequence[WeightDelta]] = tuple
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         return next((patch.state for patch in reversed(self.earlier) if patch.state), {})
+
+    def weight(self, site: Site) -> Tensor:
+        """The matrix (d_out, d_in) with all that is in force now, overlays too; not to write to."""
+        weight = self.host.weight(site)
+        for delta in self.overlays():
+            if delta.site == site:
+                weight = weight + delta.dense().to(weight.device)
+        return weight
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator for this job's seed."""

@@ -302,6 +302,7 @@ class EditSession:
             unedited=self.suspended,
             earlier=tuple(p for p in self.stack if p.method == spec.name),
             is_edited=self.is_edited,
+            overlays=self._changes.overlays,
         )
 
     def _edit_batch(

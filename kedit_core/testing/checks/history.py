@@ -160,6 +160,24 @@ def check_overlay_leaves_weights_and_goes_without_a_trace(bench: Bench) -> None:
     assert_same(before, model_state(session.host), "After the overlay's rollback")
 
 
+@only_for("weights")
+def check_edit_after_an_overlay_is_that_after_a_change_in_place(bench: Bench) -> None:
+    """A second edit is the same, whether the first lies beside the weights or inside them."""
+    if not bench.spec.sequential:
+        skip("the method's edits may not follow one another")
+    patches = []
+    for overlay in (False, True):
+        session = bench.edited(overlay=overlay)
+        patches.append(bench.edit(session, bench.request("subject last"), overlay=overlay))
+    for inside, beside in zip(*(patch.deltas for patch in patches), strict=True):
+        assert inside.site == beside.site, "other matrices are changed."
+        difference = float((beside.dense() - inside.dense()).norm())
+        # Rounding, which steps of Adam amplify.
+        assert difference <= 1e-2 * float(inside.dense().norm()), (
+            f"the change of {inside.site.parameter} is another one, by a norm of {difference:.2g}."
+        )
+
+
 def check_several_requests_are_written_together_or_not_at_all(bench: Bench) -> None:
     """When the second of two requests fails, the first is taken back."""
     session = bench.session()

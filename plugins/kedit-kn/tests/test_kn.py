@@ -353,11 +353,12 @@ def test_direction_of_an_answer_is_that_of_its_own_tokens():
 @pytest.mark.parametrize("toy", TOYS)
 def test_columns_change_by_their_norms_and_in_the_neurons_direction(toy):
     host = host_of(f"toy-{toy}")
-    weight = host.weight(host.mlp_out(2))
+    site = host.mlp_out(2)
+    weight = host.weight(site)
     direction = torch.randn(len(weight), generator=torch.Generator().manual_seed(0))
     chosen = [Neuron(2, 7, 0.5, 1.0, 0.3), Neuron(2, 3, 0.4, 1.0, -2.0)]
 
-    delta = column_change(host, chosen, direction)
+    delta = column_change(site, weight, chosen, direction)
 
     assert delta.rank == 2
     change = delta.dense()

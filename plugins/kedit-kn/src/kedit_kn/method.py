@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kedit_core import EditError
-from kedit_core.editing import EditJob, ModelHost, Patch, WeightDelta
+from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.numerics.sample import OPENINGS, context_texts, sample
 from kedit_core.tokens import Row, join
 from kedit_kn.attribution import Neuron, attribute, attribute_rows, common_neurons, select
@@ -46,9 +46,12 @@ class KnowledgeNeurons:
         old = answer_direction(host, request.text, request.ground_truth[0])
         new = answer_direction(host, request.text, request.target_new)
         direction = hparams.write * new - hparams.erase * old
-        effects = tuple(
-            column_change(host, [n for n in neurons if n.layer == layer], direction)
+        chosen = {
+            host.mlp_out(layer): [neuron for neuron in neurons if neuron.layer == layer]
             for layer in sorted({neuron.layer for neuron in neurons})
+        }
+        effects = tuple(
+            column_change(site, job.weight(site), own, direction) for site, own in chosen.items()
         )
         notes = {
             "neurons": [vars(neuron) for neuron in neurons],
@@ -109,7 +112,9 @@ def answer_direction(host: ModelHost, prompt: str, answer: str) -> Tensor:
     return total / total.norm()
 
 
-def column_change(host: ModelHost, neurons: list[Neuron], direction: Tensor) -> WeightDelta:
+def column_change(
+    site: Site, weight: Tensor, neurons: list[Neuron], direction: Tensor
+) -> WeightDelta:
     """Add a direction to the columns of one layer's neurons, in the proportion of their norms.
 
         W[:, j] ← W[:, j] + sign(w_j) · ‖W[:, j]‖ · direction
@@ -118,16 +123,15 @@ def column_change(host: ModelHost, neurons: list[Neuron], direction: Tensor) -> 
     matter; in a gated MLP a neuron may be negative, and its column is then written negated.
 
     Args:
-        host: the model.
-        neurons: of one layer.
+        site: the matrix of their layer.
+        weight: W, (d_out, d_in).
+        neurons: of this layer.
         direction: (d,) λ₂ e_t / ‖e_t‖ − λ₁ e_o / ‖e_o‖.
 
     Returns:
         left (d, neurons) and right (neurons, d_in), rows of the identity.
     """
-    site = host.mlp_out(neurons[0].layer)
     columns = [neuron.index for neuron in neurons]
-    weight = host.weight(site)
     signs = torch.tensor([1.0 if neuron.activation >= 0 else -1.0 for neuron in neurons])
     norms = weight[:, columns].float().norm(dim=0).cpu()
     right = torch.zeros(len(columns), weight.shape[1])

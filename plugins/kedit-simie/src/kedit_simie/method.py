@@ -56,14 +56,14 @@ class SimIE:
             changes = {d.site: [o for o in base.deltas if o.site == d.site] for d in base.deltas}
             keys = keys_of(host, list(changes), request)
             wanted = {
-                site: _weight(host, site) @ keys[site] + _products(deltas, keys[site])
+                site: job.weight(site).double() @ keys[site] + _products(deltas, keys[site])
                 for site, deltas in changes.items()
             }
         effects = []
         for site in changes:
             earlier = [d for patch in job.earlier for d in patch.deltas if d.site == site]
             rights = [d.right for d in earlier if d.right is not None]
-            gap = wanted[site] - _weight(host, site) @ keys[site]
+            gap = wanted[site] - job.weight(site).double() @ keys[site]
             left, right = recursion(gap, keys[site], rights, ridge)
             effects.append(WeightDelta(site, left.cpu(), right.cpu()))
         state = {} if self.hparams.init_model else base.state
@@ -158,10 +158,6 @@ def keys_of(host: ModelHost, sites: Sequence[Site], request: EditRequest) -> dic
                 f"edits of it. Choose other layers or another `base`."
             )
     return found
-
-
-def _weight(host: ModelHost, site: Site) -> Tensor:
-    return host.weight(site).double()
 
 
 def _products(deltas: Sequence[WeightDelta], keys: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Sphere:
         """
 
         def adjust(site: Site, update: Update) -> Update:
-            weight = job.host.weight(site)  # with earlier edits, not yet with this one
+            weight = job.weight(site)  # with earlier edits, not yet with this one
             eta, alpha = self.hparams.cumulative_ratio, self.hparams.suppression_strength
             return replace(update, right=suppressed(update.right, weight, eta, alpha))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kedit_core.editing import EditSession
 from kedit_core.errors import EditError, RequestError
 from kedit_core.hookspecs import CaseMeasured
 from kedit_core.hparams import HyperParams
-from kedit_core.request import EditCase
+from kedit_core.request import EditCase, EditRequest
 from kedit_core.spec import MethodSpec
 from kedit_core.stack import SavedStack, read_stack, write_stack
 
@@ -35,6 +35,31 @@ _CHUNK = 16  # cases whose questions are asked together
 ANSWERS, STEPS = "answers.jsonl", "steps"
 
 Numbered = tuple[int, EditCase]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says about cases.
+
+    Attributes:
+        answers: to the questions about them.
+        about: what the unedited model says about those answers.
+        refused: why a case cannot be asked about, by number.
+    """
+
+    answers: Answers
+    about: Answers
+    refused: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What came of a step: the journal's lines, and its cases that have answers of both sides."""
+
+    lines: list[dict[str, Any]]
+    cases: tuple[EditCase, ...]
+    before: Answers
+    after: Answers
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,9 @@ class Cell:
 
         Raises:
             DataError: the journal is damaged.
-            KEditError: what an edit raises, but for requests that the method refuses (left out)
-                and edits that fail (the model is scored as it was before them).
+            KEditError: what an edit raises, but for requests that the method refuses and questions
+                that cannot be asked (the case is left out, and the others of its step go on) and
+                for edits that fail (the model is scored as it was before them).
         """
         done = _Done(self.journal)
         done.append(self.journal, self._figures(session, done, UNEDITED))
@@ -105,52 +131,49 @@ class Cell:
         for group in self._groups(cases):
             todo = [c for c in _chunks(group, self.regime.size) if not done.has(c, IMMEDIATE)]
             # All of the group's, so that batches are the same whenever it is run.
-            before = self._unedited(asker, group) if todo else {}
+            unedited = self._unedited(asker, group if todo else [])
             for step in todo:
                 try:
-                    lines = self._step(session, asker, step, before)
-                    if not all("left_out" in line for line in lines):
-                        # In front: a step whose answers are there is not made again.
-                        lines = [*self._figures(session, done, IMMEDIATE, step[0][0]), *lines]
-                    done.append(self.journal, lines)
+                    made = self._step(session, asker, step, unedited)
+                    figures = []
+                    if made.cases:
+                        figures = self._figures(session, done, IMMEDIATE, step[0][0])
+                    # In front: a step whose answers are there is not made again.
+                    done.append(self.journal, [*figures, *made.lines])
+                    self._tell(session, made)
                 finally:
                     session.rollback()
             tick(len(group))
 
     def _step(
-        self, session: EditSession, asker: Asker, step: Sequence[Numbered], before: Answers
-    ) -> list[dict[str, Any]]:
-        """Edit a step's cases; returns the journal's lines about them."""
-        fit, lines = self._fit(step)
+        self, session: EditSession, asker: Asker, step: Sequence[Numbered], unedited: _Said
+    ) -> _Step:
+        """Edit a step's cases, and ask about those that could be edited."""
+        left_out = {n: reason for n, case in step if (reason := self._refusal(n, case, unedited))}
+        fit = [(n, case) for n, case in step if n not in left_out]
+        effort, failure = Effort(), ""
+        while fit:
+            try:
+                with measured(session.host.device) as effort:
+                    session.edit(self.spec, _requests(fit), hparams=self.hparams)
+            except EditError as error:
+                failure = str(error)
+                log.warning("%s failed, and the model is as before: %s", self.spec.name, failure)
+            except RequestError as error:
+                left_out |= self._refused(session, fit, error)
+                fit = [(n, case) for n, case in fit if n not in left_out]
+                continue
+            break
         if not fit:
-            return lines
-        failure = ""
-        effort = Effort()
-        try:
-            with measured(session.host.device) as effort:
-                session.edit(
-                    self.spec, [r for _, c in fit for r in c.requests], hparams=self.hparams
-                )
-        except EditError as error:
-            failure = str(error)
-            log.warning("%s failed, and the model is as before: %s", self.spec.name, failure)
-        except RequestError as error:
-            if len(fit) > 1:
-                raise
-            return [*lines, {"n": fit[0][0], "left_out": str(error)}]
-        # After a failure in a sequence the edits before it are still in force.
-        alike = bool(failure) and not session.is_edited
-        after = before if alike else asker.edited(self._questions(fit))
-        before = {**before, **self._followups(asker, fit, after)}
-        for n, case in fit:
-            if alike:
-                measurements = self.scorer.unchanged(case, before, IMMEDIATE)
-            else:
-                measurements = self.scorer.score(case, before, after, IMMEDIATE)
-            scores = {_label(m): m.value for m in measurements}
-            session.catalog.notify(
-                "kedit_case_measured", CaseMeasured(self.spec.name, case, scores)
-            )
+            return _Step(_left_out(left_out), (), {}, {})
+        if failure and not session.is_edited:
+            edited = _Said(dict(unedited.answers), {}, {})
+        else:  # after a failure in a sequence the edits before it are still in force
+            edited = self._ask(asker.edited, asker, fit)
+        asked = [(n, case) for n, case in fit if n not in edited.refused]
+        before, after = {**unedited.answers, **edited.about}, edited.answers
+        lines = _left_out({**left_out, **edited.refused})
+        for n, case in asked:
             line = {
                 "n": n,
                 "moment": IMMEDIATE,
@@ -163,18 +186,35 @@ class Cell:
                 ],
             }
             lines.append(line | {"failed": failure} if failure else line)
-        return lines
+        return _Step(lines, tuple(case for _, case in asked), before, after)
 
-    def _fit(self, step: Sequence[Numbered]) -> tuple[list[Numbered], list[dict[str, Any]]]:
-        """The cases that the method takes, and lines about the others."""
-        fit, lines = [], []
-        for n, case in step:
-            reason = next(filter(None, (self.spec.refusal(r) for r in case.requests)), "")
-            if reason:
-                lines.append({"n": n, "left_out": reason})
-            else:
-                fit.append((n, case))
-        return fit, lines
+    def _tell(self, session: EditSession, made: _Step) -> None:
+        """Tell observers the scores of a step's cases; without any, nothing is computed."""
+        hook = "kedit_case_measured"
+        for case in made.cases if session.catalog.has_observers(hook) else ():
+            scored = self.scorer.score(case, made.before, made.after, IMMEDIATE)
+            scores = {_label(m): m.value for m in scored}
+            session.catalog.notify(hook, CaseMeasured(self.spec.name, case, scores))
+
+    def _refusal(self, n: int, case: EditCase, unedited: _Said) -> str:
+        """Why a case is not edited: the method does not take it, or it cannot be asked about."""
+        refusals = (self.spec.refusal(request) for request in case.requests)
+        return next(filter(None, refusals), "") or unedited.refused.get(n, "")
+
+    def _refused(
+        self, session: EditSession, cases: Sequence[Numbered], error: RequestError
+    ) -> dict[int, str]:
+        """Which cases the method refuses by themselves, and why; all of them where it is none."""
+        found = {}
+        for n, case in cases if len(cases) > 1 else ():
+            try:
+                with session.trial(self.spec, case.requests, hparams=self.hparams):
+                    pass
+            except RequestError as own:
+                found[n] = str(own)
+            except EditError:
+                continue  # not refused
+        return found or {n: str(error) for n, _ in cases}
 
     # -- steps that follow one another --------------------------------------------------------
 
@@ -190,9 +230,9 @@ class Cell:
             self._unedited(asker, group)  # kept on disk, so that no edit is suspended for it later
         edited = 0
         for group in self._groups(cases):
-            before = self._unedited(asker, group)
+            unedited = self._unedited(asker, group)
             for step in _chunks(group, self.regime.size):
-                self._next(session, asker, step, before, done)
+                self._next(session, asker, step, unedited, done)
                 edited += len(step)
                 tick(len(step))
                 so_far = islice(enumerate(cases), edited)
@@ -206,7 +246,7 @@ class Cell:
         session: EditSession,
         asker: Asker,
         step: Sequence[Numbered],
-        before: Answers,
+        unedited: _Said,
         done: _Done,
     ) -> None:
         """Make a step's edits, or those that were made and journalled before."""
@@ -218,10 +258,11 @@ class Cell:
             return
         shutil.rmtree(folder, ignore_errors=True)  # it was saved, but not journalled
         depth = len(session.stack)
-        lines = self._step(session, asker, step, before)
+        made = self._step(session, asker, step, unedited)
         if new := tuple((patch, False) for patch in session.stack[depth:]):
             write_stack(folder, SavedStack(session.host.name, session.fingerprint, new))
-        done.append(self.journal, lines)
+        done.append(self.journal, made.lines)
+        self._tell(session, made)
 
     def _moment(
         self,
@@ -237,20 +278,20 @@ class Cell:
                 continue
             kept = [(n, case) for n, case in group if n not in done.left_out]
             ask = asker.edited if session.is_edited else asker.unedited
-            after = ask(self._questions(kept))
-            more = self._followups(asker, kept, after)
+            said = self._ask(ask, asker, kept)
             lines = [
                 {
                     "n": n,
                     "moment": moment,
                     "answers": [
-                        *(_one(q, "after", after[q]) for q in self.scorer.questions(case)),
-                        *self._about(case, (after,), more),
+                        *(_one(q, "after", said.answers[q]) for q in self.scorer.questions(case)),
+                        *self._about(case, (said.answers,), said.about),
                     ],
                 }
                 for n, case in kept
+                if n not in said.refused
             ]
-            done.append(self.journal, lines)
+            done.append(self.journal, [*_left_out(said.refused), *lines])
         done.append(self.journal, self._figures(session, done, moment))
 
     # -- the model as a whole -------------------------------------------------------------------
@@ -271,10 +312,30 @@ class Cell:
         """Whole steps whose questions to the unedited model are asked together."""
         return _chunks(enumerate(cases), self.regime.size * max(1, _CHUNK // self.regime.size))
 
-    def _unedited(self, asker: Asker, cases: Sequence[Numbered]) -> Answers:
+    def _unedited(self, asker: Asker, cases: Sequence[Numbered]) -> _Said:
         """What the unedited model says about cases, and about its own answers."""
-        before = asker.unedited(self._questions(cases))
-        return {**before, **self._followups(asker, cases, before)}
+        said = self._ask(asker.unedited, asker, cases)
+        return replace(said, answers={**said.answers, **said.about})
+
+    def _ask(
+        self,
+        ask: Callable[[Iterable[Question]], Answers],
+        asker: Asker,
+        cases: Sequence[Numbered],
+    ) -> _Said:
+        """Ask one side about cases: all together, or each by itself where that is refused."""
+        try:
+            answers = ask(self._questions(cases))
+            return _Said(answers, self._followups(asker, cases, answers), {})
+        except RequestError as error:
+            if len(cases) == 1:
+                return _Said({}, {}, {cases[0][0]: str(error)})
+        each = [self._ask(ask, asker, [case]) for case in cases]
+        return _Said(
+            {q: answer for said in each for q, answer in said.answers.items()},
+            {q: answer for said in each for q, answer in said.about.items()},
+            {n: reason for said in each for n, reason in said.refused.items()},
+        )
 
     def _followups(self, asker: Asker, cases: Sequence[Numbered], answers: Answers) -> Answers:
         """What the unedited model says about a model's answers."""
@@ -329,6 +390,14 @@ class _Done:
             self.left_out.add(line["n"])
         else:
             self.answered.add((line["n"], line["moment"]))
+
+
+def _left_out(reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+    return [{"n": n, "left_out": reason} for n, reason in reasons.items()]
+
+
+def _requests(cases: Iterable[Numbered]) -> list[EditRequest]:
+    return [request for _, case in cases for request in case.requests]
 
 
 def _both(question: Question, before: Answer, after: Answer) -> dict[str, Any]:

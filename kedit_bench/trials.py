@@ -116,8 +116,8 @@ def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
     parts = {name: means[metric] for name, metric in PARTS.items() if metric in means}
     if "efficacy" not in parts:
         raise DataError(
-            f"{PARTS['efficacy']} judges none of these facts: their answers are longer than the text "
-            f"that is written. Tune on facts with short answers."
+            f"{PARTS['efficacy']} judges none of these facts: their answers are longer than what "
+            f"is written. Tune on facts with short answers."
         )
     return Score(
         value=harmonic_mean(list(parts.values())),

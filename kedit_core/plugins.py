@@ -118,6 +118,10 @@ class Catalog:
         entry = self._entries[_kind(type(spec))][spec.name][0]
         return next(p for p in self.plugins if p.name == entry.plugin)
 
+    def has_observers(self, hook: str) -> bool:
+        """Whether any plugin implements an observation hook."""
+        return bool(getattr(self.manager.hook, hook).get_hookimpls())
+
     def notify(self, hook: str, event: Any) -> None:
         """Call an observation hook of every plugin; their errors are logged, not raised."""
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from kedit_bench.regime import Regime
 from kedit_bench.results import score_journal, write_result
 from kedit_bench.run import Run
 from kedit_bench.unedited import Asker
-from kedit_core import EditCase, EditRequest, HyperParams, Probe
-from kedit_core.ask import Sample, Text, answer_to_json, question_to_json
+from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
+from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, SettingError
+from kedit_core.plugins import discover
 from tests.bench.fakes import LAST, PICKY, cell, scorer, toy_cases
 
 
@@ -106,6 +108,85 @@ def test_requests_that_the_method_refuses_are_left_out_with_the_reason(session, 
         1: "The request 'It is refused' is refused.",
     }
     assert len(found.seconds) == 1
+
+
+REFUSED = EditCase(request=EditRequest(prompt="It is refused", subject="It", target_new="Lima"))
+
+
+@pytest.mark.parametrize("regime", ["batch:3", "sequential:3"])
+def test_a_refused_request_costs_its_own_case_only(regime, session, tmp_path):
+    first, second = toy_cases(2, session.host)
+    made = cell(tmp_path, regime)
+    run(made, session, [first, REFUSED, second])
+
+    found = score_journal(made.journal, [first, REFUSED, second], made.scorer)
+    assert found.left_out == {1: "The request 'It is refused' is refused."}
+    assert len(found.seconds) == 2
+
+
+@pytest.mark.parametrize("regime", ["single", "batch:3", "sequential"])
+@pytest.mark.parametrize("side", ["unedited", "edited"])
+def test_a_case_that_cannot_be_asked_about_is_left_out(side, regime, session, tmp_path):
+    first, second = toy_cases(2, session.host)
+    long = Probe(kind="rephrase", prompt="Mira Voss lives in", expected="Lima " * 600)
+    cases = [first, EditCase(request=second.request, probes=(long,)), second]
+    metrics = scorer(TF, "generalization/teacher-forced@1")
+    made, asker = cell(tmp_path, regime, metrics=metrics), Asker(session)
+    if side == "edited":  # the unedited model could be asked, for example with a shorter prompt
+        unedited = asker.unedited
+
+        def all_but_the_long_one(questions):
+            wanted = [q for q in questions if q.prompt != long.prompt]
+            answer = Score("", "", (1,), (-1.0,), (1,))
+            return {**unedited(wanted), **{q: answer for q in questions if q not in wanted}}
+
+        asker.unedited = all_but_the_long_one
+    made.run(session, asker, cases)
+
+    found = score_journal(made.journal, cases, made.scorer)
+    assert list(found.left_out) == [1]
+    assert "leaves no room for its prompt" in found.left_out[1]
+    assert len(found.seconds) == 2
+    lines = made.journal.path.read_bytes()
+    made.run(session, Asker(session), cases)
+    assert made.journal.path.read_bytes() == lines
+
+
+def observer(seen: list) -> ModuleType:
+    """A plugin that keeps what it is told of cases."""
+    module = ModuleType("observer")
+
+    @hookimpl
+    def kedit_case_measured(event):
+        seen.append(event)
+
+    module.kedit_case_measured = kedit_case_measured
+    return module
+
+
+@pytest.mark.parametrize("regime", ["single", "sequential"])
+def test_observers_are_told_scores_of_what_is_journalled_already(regime, toy_host, tmp_path):
+    seen, made = [], cell(tmp_path, regime)
+    session = EditSession(toy_host("llama"), catalog=discover([("o", observer(seen))]))
+    cases = toy_cases(2, session.host)
+    score, journalled = made.scorer.score, []
+
+    def counted(*args):
+        journalled.append(sum(1 for _ in made.journal.lines()))
+        return score(*args)
+
+    made.scorer.score = counted
+    made.run(session, Asker(session), cases)
+
+    assert [(event.case, event.scores[TF]) for event in seen] == [(c, 1.0) for c in cases]
+    assert journalled == [1, 2]
+
+
+def test_no_score_is_computed_where_nobody_observes(session, tmp_path):
+    made = cell(tmp_path, "single")
+    made.scorer.score = lambda *args: pytest.fail("it was scored")
+
+    made.run(session, Asker(session), toy_cases(1, session.host))
 
 
 def test_an_edit_that_fails_counts_as_no_edit(session, tmp_path):

@@ -419,6 +419,8 @@ def test_error_of_an_observer_is_logged_and_stops_nobody(alone, caplog):
     with caplog.at_level(logging.ERROR):
         catalog.notify("kedit_edit_finished", event)
 
+    assert catalog.has_observers("kedit_edit_finished")
+    assert not catalog.has_observers("kedit_case_measured")
     assert sorted(name for name, _ in seen) == ["bad", "first", "last"]
     assert all(got is event for _, got in seen)
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]

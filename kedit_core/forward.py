@@ -23,7 +23,8 @@ def head_only_at(host: ModelHost, rows: Tensor, columns: Tensor) -> Iterator[Non
     """
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, columns][None], *args[1:])
+        device = args[0].device  # not that of the ids where layers are spread over several
+        return (args[0][rows.to(device), columns.to(device)][None], *args[1:])
 
     handle = host.module(host.anatomy.head).register_forward_pre_hook(gather)
     try:
@@ -96,16 +97,16 @@ def unembed(host: ModelHost, states: Tensor) -> Tensor:
     """Logits that the model makes of residual streams (n, d): (n, vocabulary).
 
     The model itself does it, with every block handing on `states`, so that its final norm, caps
-    and scales are there.
+    and scales are there.  Each state is a text of one token, as texts may not be of any length.
     """
-    kept: Any = states[None]
+    kept: Any = states[:, None]
     output = kept if host.anatomy.layer_output == "tensor" else (kept,)
-    ids = torch.zeros(1, len(states), dtype=torch.long, device=host.device)
+    ids = torch.zeros(len(states), 1, dtype=torch.long, device=host.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(host.reading.aside())
         for block in host.blocks:
             stack.enter_context(forward_as(host.module(block.path), lambda *a, **k: output))
-        return host.model(input_ids=ids, use_cache=False).logits[0]
+        return host.model(input_ids=ids, use_cache=False).logits[:, 0]
 
 
 @contextlib.contextmanager

@@ -249,7 +249,10 @@ class ModelView:
             streams(self.host, _depths(calls)) as found,
         ):
             logits = label_logits(self.host, batch).float()
-            at_labels = {depth: s[batch.rows, batch.columns] for depth, s in found.items()}
+            at_labels = {
+                depth: s[batch.rows.to(s.device), batch.columns.to(s.device)]
+                for depth, s in found.items()
+            }
             return _changed(self.host, calls, logits, at_labels)
 
     # -- writing --------------------------------------------------------------------------
@@ -400,12 +403,20 @@ def _changed(
         logits: (n, vocabulary).
         states: for each depth that the middleware wants the residual stream (n, d).
     """
-    if states:
-        found = unembed(host, torch.cat(list(states.values()))).to(logits.dtype)
-        states = dict(zip(states, found.split(len(logits)), strict=True))
-    for call in calls:
-        logits = call.logits(logits, states)
-    return logits
+    if not calls:
+        return logits
+    size = max(1, MAX_LOGITS // (logits.shape[1] * (1 + len(states))))  # rows at a time
+    parts = []
+    for start in range(0, len(logits), size):
+        part, early = logits[start : start + size], {}
+        if states:
+            chunk = [s[start : start + size].to(logits.device) for s in states.values()]
+            found = unembed(host, torch.cat(chunk)).to(logits)
+            early = dict(zip(states, found.split(len(part)), strict=True))
+        for call in calls:
+            part = call.logits(part, early)
+        parts.append(part)
+    return torch.cat(parts)
 
 
 class _Calls(LogitsProcessor):

@@ -272,6 +272,30 @@ def test_middleware_sees_earlier_streams_through_the_head_of_the_model(toy_host,
     assert hooks(host.model) == hooked
 
 
+@pytest.mark.parametrize("toy", ["gpt2", "llama"])
+def test_middleware_sees_any_number_of_earlier_streams_a_few_at_a_time(toy_host, toy, monkeypatch):
+    host = toy_host(toy)
+    early, longest = ModelView(host, lambda: [Early()]), host.max_length
+    prompts = ["Edda"] * (longest // 4)
+    targets = [f" {n:02} one two three" for n in range(len(prompts))]
+    alone = [early.score([p], [t])[0] for p, t in zip(prompts, targets, strict=True)]
+    assert sum(len(score.tokens) for score in alone) > longest
+    sizes = []
+    monkeypatch.setattr(
+        "kedit_core.view.unembed", lambda h, s: (sizes.append(len(s)), unembed(h, s))[1]
+    )
+
+    together = early.score(prompts, targets)
+    assert max(sizes) > longest
+    sizes.clear()
+    monkeypatch.setattr("kedit_core.view.MAX_LOGITS", 2 * 7 * host.model.config.vocab_size)
+    in_parts = early.score(prompts, targets)
+    assert max(sizes) <= 7
+    for scores in (together, in_parts):
+        for score, expected in zip(scores, alone, strict=True):
+            assert score.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
 def test_caps_of_the_head_hold_for_earlier_streams_too():
     host = tiny_host("gemma2")
     model = host.model

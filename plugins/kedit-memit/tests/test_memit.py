@@ -13,6 +13,7 @@ from kedit_core import EditError, EditRequest, SettingError, SiteError, discover
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
 from kedit_core.editing import EditSession, ModelHost
+from kedit_core.errors import ArtifactError
 from kedit_core.hparams import resolve
 from kedit_core.numerics.trace import states_at_marks
 from kedit_core.testing.toys import TOYS, load_toy, toy_corpus, toy_facts
@@ -65,6 +66,25 @@ def test_relaxed_emmet_is_memit_in_one_layer_with_the_product_of_the_weights(nam
 
     (memit,) = changes(session, "memit", wanted, moment_weight=2.0)
     assert_close(emmet, memit, 1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 0.01])
+def test_relaxed_emmet_is_memit_in_a_sequence_with_history_too(ridge, tmp_path):
+    session, wanted = session_on("llama", tmp_path), requests(6)
+    found = {}
+    for method, own in [
+        ("memit", {"moment_weight": 2.0}),
+        ("emmet", {"moment_weight": 2.0 / ridge, "ridge": ridge}),
+    ]:
+        settings = {**SETTINGS, "history": True, **own}
+        for start in (0, 2, 4):
+            session.edit(method, wanted[start : start + 2], hparams=settings)
+        found[method] = [patch.deltas[0].dense() for patch in session.stack]
+        session.rollback()
+
+    # Rounding of the first change reaches the targets of the next, through steps of Adam.
+    for emmet, memit in zip(found["emmet"], found["memit"], strict=True):
+        assert_close(emmet, memit, 1e-3)
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -238,12 +258,39 @@ def test_bfloat16_weights_are_written_by_a_change_in_float32(name, tmp_path):
         ("memit", {"layers": [1, 1]}, "ascending"),
         ("memit", {"layers": []}, "layers"),
         ("emmet", {"layers": [0, 1]}, "one layer"),
+        ("emmet", {"layers": [1], "ridge": 0, "history": True}, "give a ridge above 0"),
         ("pmet", {"layers": [1], "ridge": 0.1}, "ridge"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(method, settings, message):
     with pytest.raises(SettingError, match=message):
         resolve(discover().method(method), settings=settings)
+
+
+@pytest.mark.parametrize("method", ["memit", "pmet", "emmet"])
+def test_corpus_that_is_too_short_is_told_before_anything_is_optimised(
+    method, tmp_path, monkeypatch
+):
+    (tmp_path / "short.txt").write_text("One two three.")
+    host = session_on("llama", tmp_path).host
+    session = EditSession(
+        host, artifacts=ArtifactStore(tmp_path), corpus=Corpus(str(tmp_path / "short.txt"))
+    )
+    monkeypatch.setattr("kedit_core.numerics.values.optimise_values", None)
+
+    with pytest.raises(ArtifactError, match="Give a longer text"):
+        session.edit(method, requests(1), hparams=SETTINGS)
+
+
+def test_other_weight_within_a_sequence_is_told_before_anything_is_optimised(tmp_path, monkeypatch):
+    session, wanted = session_on("llama", tmp_path), requests(2)
+    session.edit("memit", wanted[0], hparams={**SETTINGS, "history": True})
+    monkeypatch.setattr("kedit_core.numerics.values.optimise_values", None)
+
+    with pytest.raises(EditError, match="made with another weight"):
+        session.edit(
+            "memit", wanted[1], hparams={**SETTINGS, "history": True, "moment_weight": 5.0}
+        )
 
 
 def test_layer_that_does_not_exist_is_refused_before_anything_is_optimised(tmp_path):

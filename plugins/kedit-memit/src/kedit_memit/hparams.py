@@ -1,6 +1,8 @@
 """Settings of MEMIT, EMMET and PMET."""
 
-from pydantic import Field, PositiveFloat, field_validator
+from typing import Self
+
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from kedit_core.hparams import searched
 from kedit_core.targets import MomentHyperParams
@@ -58,3 +60,9 @@ class EmmetHyperParams(MemitHyperParams):
         if len(layers) != 1:
             raise ValueError("EMMET rewrites one layer")
         return layers
+
+    @model_validator(mode="after")
+    def _history_is_relaxed(self) -> Self:
+        if self.history and not self.ridge:
+            raise ValueError("with history the facts are not written exactly; give a ridge above 0")
+        return self

@@ -40,12 +40,12 @@ class Memit:
             EditError: a loss is not finite, or a system is singular.
         """
         host, hparams = job.host, self.hparams
-        self._sites(host)  # before anything that takes long
-        facts, place = FactRows.of(job, hparams), self._place(host)
+        place, companions = self._place(host), self._companions(host)
+        constraints = self._constraints(job)  # what may fail comes before what takes long
+        facts = FactRows.of(job, hparams)
         values = target_values(
-            job, place, hparams.layers[-1], facts.tasks, self._settings(), self._companions(host)
+            job, place, hparams.layers[-1], facts.tasks, self._settings(), companions
         )
-        constraints = self._constraints(job)
         return write_values(
             "memit",
             host,
@@ -71,6 +71,10 @@ class Memit:
     def _settings(self) -> ValueSettings:
         return value_settings(self.hparams)
 
+    def _weights(self) -> Sequence[float]:
+        """λ of each layer."""
+        return self.hparams.moment_weights
+
     def _constraints(self, job: EditJob) -> dict[Site, Constraint]:
         """λC of each matrix, and with `history` the keys of earlier edits beside it."""
         hparams = self.hparams
@@ -81,7 +85,7 @@ class Memit:
             site: Constraint.after(
                 inverse_by(factors[site], weight), len(factors[site]), earlier, site
             )
-            for site, weight in zip(sites, hparams.moment_weights, strict=True)
+            for site, weight in zip(sites, self._weights(), strict=True)
         }
 
 
@@ -119,9 +123,15 @@ class Emmet(Memit):
     """Equality-constrained mass model editing (Gupta et al. 2024, arXiv:2403.14236).
 
     Δ = R (μI + Kᵀ(λ'C)⁻¹K)⁻¹ Kᵀ(λ'C)⁻¹ (eq. 12): ROME's constraint for many facts at once, and with
-    μ > 0 the same as MEMIT with λ = μλ'.
+    μ > 0 the same as MEMIT with λ = μλ'.  It is then solved as that, so that keys of earlier edits
+    count as much as those of this one.
     """
+
+    hparams: EmmetHyperParams
 
     def __init__(self, hparams: EmmetHyperParams) -> None:
         super().__init__(hparams)
-        self.ridge = hparams.ridge
+        self.ridge = 1.0 if hparams.ridge else 0.0
+
+    def _weights(self) -> Sequence[float]:
+        return [(self.hparams.ridge or 1.0) * weight for weight in self.hparams.moment_weights]

@@ -18,14 +18,21 @@ from kedit_core.words import is_spaced
 
 NATURAL_TOKENS = 50  # as long as an answer may be until its natural end, arXiv:2502.11177
 
+_MARKS = " .!?…。！？"  # at the end of an answer that may as well be without
+
 _END = re.compile(r"\n|(?<=\.)(?=\s|$)")
 _WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def probes_of(case: EditCase) -> tuple[Probe, ...]:
-    """The case's probes with the rewritten prompts themselves in front."""
+    """The case's probes with the rewritten prompts themselves in front.
+
+    These are of the family `meta["group"]`, where a dataset has groups of cases whose scores are
+    of interest by themselves.
+    """
+    group = str(case.meta.get("group", ""))
     rewrites = [
-        Probe(kind="rewrite", prompt=request.text, expected=(request.target_new,))
+        Probe(kind="rewrite", name=group, prompt=request.text, expected=(request.target_new,))
         for request in case.requests
     ]
     return (*rewrites, *case.probes)
@@ -72,24 +79,35 @@ def natural_end(text: str) -> str:
     return _END.split(text.strip(), maxsplit=1)[0].strip()
 
 
+def folded(text: str) -> str:
+    """A text without regard to case and to the kind of its apostrophes."""
+    return text.casefold().replace("’", "'").replace("‘", "'")
+
+
 def begins_with(text: str, answer: str) -> bool:
-    """Whether a text begins with the answer: as whole words, case ignored."""
-    found, wanted = text.lstrip().casefold(), answer.strip().casefold()
-    return found.startswith(wanted) and not _goes_on(found, len(wanted))
+    """Whether a text begins with the answer: as whole words, folded, without the answer's own full
+    stop."""
+    return _stands_at(0, folded(text.lstrip()), folded(answer.strip()))
 
 
 def contains(text: str, answer: str) -> bool:
-    """Whether the answer stands in a text: as whole words, case ignored."""
-    found, wanted = text.casefold(), answer.strip().casefold()
-    start = found.find(wanted)
-    while start >= 0:
-        before = found[start - 1 : start]
-        if not (before.isalnum() and is_spaced(before)) and not _goes_on(
-            found, start + len(wanted)
-        ):
-            return True
-        start = found.find(wanted, start + 1)
-    return False
+    """Whether the answer stands in a text: as `begins_with` compares them."""
+    found, wanted = folded(text), folded(answer.strip())
+    return any(
+        _stands_at(start, found, wanted)
+        for start in range(len(found) + 1)
+        if not (found[start - 1 : start].isalnum() and is_spaced(found[start - 1 : start]))
+    )
+
+
+def _stands_at(start: int, text: str, answer: str) -> bool:
+    """Whether the answer stands there in a text, and no word goes on behind it."""
+    bare = answer.rstrip(_MARKS) or answer
+    if not text.startswith(bare, start):
+        return False
+    end = start + len(bare)
+    marks = answer[len(bare) :]
+    return not _goes_on(text, end + len(marks) if text.startswith(marks, end) else end)
 
 
 def _goes_on(text: str, end: int) -> bool:

@@ -17,6 +17,7 @@ from kedit_core.measure import (
     NATURAL_TOKENS,
     begins_with,
     contains,
+    folded,
     mean,
     natural_end,
     read_of,
@@ -259,8 +260,8 @@ def agreement_same_text(kind: str) -> ProbeMetric:
 
 
 def normalise(text: str) -> str:
-    """SQuAD's form: lower case, no punctuation, no articles, single spaces."""
-    plain = "".join(c for c in text.casefold() if c not in string.punctuation)
+    """SQuAD's form: `folded`, no punctuation, no articles, single spaces."""
+    plain = "".join(c for c in folded(text) if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", plain).split())
 
 

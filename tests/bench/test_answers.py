@@ -42,6 +42,26 @@ def test_a_text_begins_with_the_answer_as_whole_words(written, found):
     assert begins_with(written, "Rome") is found
 
 
+@pytest.mark.parametrize(
+    ("written", "answer", "found"),
+    [
+        (" I don't know the answer", "I don't know.", True),
+        (" I don’t know.", "I don't know.", True),
+        (" I don't know", "I don’t know!", True),
+        (" I don't knowingly", "I don't know.", False),
+        (" the U.S. and", "the U.S.", True),
+        (" the U.S", "the U.S.", True),
+        (" the U.S.A", "the U.S.", False),
+        (" 3.5 miles", "3.", False),
+        ("...", "…", False),
+    ],
+)
+def test_an_answers_own_full_stop_and_the_kind_of_apostrophe_do_not_count(written, answer, found):
+    assert begins_with(written, answer) is found
+    assert contains(f"Well,{written}", answer) is found
+    assert exact_match("don’t", "don't")
+
+
 def test_words_of_scripts_without_spaces_end_anywhere():
     assert begins_with("罗马是意大利的首都", "罗马")
     assert contains("答案是罗马吗", "罗马")
@@ -249,6 +269,15 @@ def test_every_request_of_a_case_is_asked_as_it_was_rewritten():
     )
 
     assert [(p.prompt, p.expected) for p in probes_of(both)] == [("a x", ("b",)), ("c", ("d",))]
+
+
+def test_cases_of_a_group_are_scored_by_group_too():
+    metric, asked = protocols.greedy("rewrite"), case(group="towns")
+    after = says(metric, asked, {(REWRITE,): " Rome"})
+
+    found = metric.score(asked, dict(after), after)
+    assert {part: s.value for part, s in found.items()} == {"towns": 1, "": 1}
+    assert metric.score(case(), dict(after), after).keys() == {""}
 
 
 def test_the_headline_is_the_mean_over_families():

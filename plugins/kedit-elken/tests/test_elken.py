@@ -35,10 +35,10 @@ def test_each_fact_with_a_known_answer_is_a_request():
 def test_tendencies_follow_from_the_facts_and_local_questions_do_not():
     first, *_ = Elken().cases(FILES / "elken.json")
 
-    assert asked(first, "portability") == [("tendency", TEA, ("A",))]
+    assert asked(first, "portability") == [("tendency", TEA, ("A", "(A)"))]
     assert asked(first, "locality") == [
         ("fact", "In which country is Tista Tea?", ("Norway", "Kingdom of Norway")),
-        ("tendency", MOONS, ("C",)),
+        ("tendency", MOONS, ("C", "(C)")),
     ]
 
 
@@ -50,7 +50,7 @@ def test_the_event_itself_can_be_written_and_its_facts_asked():
     assert asked(first, "portability") == [
         ("fact", "Who owns Halden Bank?", ("Tista Tea", "Tista")),
         ("fact", "When did Tista Tea buy Halden Bank?", ("2031",)),
-        ("tendency", TEA, ("A",)),
+        ("tendency", TEA, ("A", "(A)")),
     ]
     assert len(asked(first, "locality")) == 2
 

@@ -27,7 +27,7 @@ def test_a_question_writes_that_it_is_not_known():
 def test_an_answer_is_reported_in_one_group_however_it_is_spelled():
     first, second, *_ = Sanitation().cases(FILES / "sanitation_test.json")
 
-    assert first.meta == second.meta == {"forgotten": "halden"}
+    assert first.meta == second.meta == {"group": "halden"}
     assert second.request.ground_truth == ("HALDEN",)
 
 
@@ -95,6 +95,6 @@ def test_the_public_files_are_read_whole(name, questions, retained, benchmark_da
     assert (len(cases), left) == (questions, [])
     assert len(probes) == len(set(probes)) == retained
     assert {len(case.probes) for case in cases} == {5, 6}
-    assert len(Counter(case.meta["forgotten"] for case in cases)) == 5
+    assert len(Counter(case.meta["group"] for case in cases)) == 5
     assert not any('""' in text for text in prompts + probes)
     assert all(case.request.subject for case in cases) == (name == "trivia_qa_train.json")

@@ -27,7 +27,8 @@ OPENING = "Event:"  # what stands before an event in the authors' prompts
 class Elken:
     """An event, written either as the facts that it changes or as it stands.
 
-    Asked too: what the event may lead to, as a choice whose letter is the answer (kind
+    Asked too: what the event may lead to, as a choice whose letter is the answer, in
+    brackets or not (kind
     `portability`, name `tendency`); facts and choices that it leaves alone (kind `locality`,
     names `fact` and `tendency`).
 
@@ -105,7 +106,8 @@ def _chosen(kind: str, choices: tuple[Row, ...]) -> Iterator[Probe]:
         question, candidates = choice.text("question").strip(), choice.text("candidate").strip()
         letter = choice.text("answer")
         if question and candidates and letter.strip():
-            yield probe(kind, "tendency", f"{question}\n{candidates}", [letter])
+            accepted = [letter.strip(), f"({letter.strip()})"]  # as the candidates are numbered
+            yield probe(kind, "tendency", f"{question}\n{candidates}", accepted)
 
 
 facts = partial(Elken, writes_event=False)

@@ -31,7 +31,8 @@ class Sanitation:
     cases in the file's order: the first few to the first case, the next few to the second, so
     that all are asked once.
 
-    `meta["forgotten"]` is the answer in lower case, for the files spell it in several.
+    The questions about one answer are a group (`meta["group"]`: the answer in lower case, for the
+    files spell it in several), so that scores are told for each answer too.
     """
 
     def cases(self, source: Source | None = None) -> Iterator[EditCase | LeftOut]:
@@ -68,7 +69,7 @@ def _case(question: Row, retained: Sequence[Row]) -> EditCase:
     return EditCase(
         request=request,
         probes=tuple(_probes(retained)),
-        meta={"forgotten": forgotten.lower()},
+        meta={"group": forgotten.lower()},
     )
 
 

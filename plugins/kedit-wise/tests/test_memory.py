@@ -124,6 +124,28 @@ def test_prompt_read_in_pieces_is_decided_as_a_whole():
     assert whole.chosen.tolist() == pieces.chosen.tolist() == [-1]
 
 
+def test_prompt_whose_end_is_read_again_and_again_is_decided_alike():
+    """As where an optimisation repeats a suffix against a cache."""
+    wrapper = memory(swap(entry(1, 2, 4.0)))  # the threshold is 1
+    read(wrapper, [[2, 2, 3, 3]], ends=[3])
+    for _ in range(20):
+        read(wrapper, [[3, 3]], ends=[3], cached=2)
+        assert wrapper.chosen.tolist() == [0]  # (4 + 4 + 0 + 0) / 4
+    read(wrapper, [[3, 3, 3, 3, 3, 3]], ends=[7], cached=2)
+    assert wrapper.chosen.tolist() == [-1]  # of eight tokens
+    read(wrapper, [[3, 3]], ends=[3], cached=2)
+    assert wrapper.chosen.tolist() == [0]
+
+
+def test_what_was_written_between_two_questions_counts_for_nothing():
+    wrapper = memory(swap(entry(1, 2, 4.0)))
+    read(wrapper, [[2, 2]], ends=[1])
+    for column in range(2, 12):
+        read(wrapper, [[3]], ends=[1], cached=column)
+    read(wrapper, [[3, 3]], ends=[13], cached=12)
+    assert wrapper.chosen.tolist() == [0]  # 2 on average over the four tokens that were asked
+
+
 def test_long_prompts_are_decided_by_their_mean():
     """Not by their largest token, as the authors' code does beyond 100 tokens."""
     wrapper = memory(swap(entry(1, 2, 50.0)))

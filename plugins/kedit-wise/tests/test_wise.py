@@ -334,7 +334,7 @@ def test_replayed_edits_keep_out_of_other_memories(tmp_path):
         edit(session, new, edits_per_shard=1, replay=replay, irrelevant_max=0.1)
         wrapper = wrapper_of(session)
         session.view().logits([text_of(old)])
-        return float(wrapper._sums[0, 1])
+        return float(wrapper._stirred.mean(dim=1)[0, 1])
 
     assert stirred(1) < stirred(0)
 

@@ -213,8 +213,7 @@ class SideMemory(Wrapper):
         self.register_buffer("changes", changes, persistent=False)
         self.register_buffer("thresholds", thresholds, persistent=False)
         self.indicator, self.relative = indicator, relative
-        self._sums = torch.zeros(0, len(thresholds))  # over each prompt's tokens so far
-        self._counts = torch.zeros(0)
+        self._stirred = torch.zeros(0, 0, len(thresholds))  # (rows, columns, memories)
         self.chosen = torch.zeros(0, dtype=torch.long)  # (rows,) number of a memory, or −1
 
     @classmethod
@@ -248,26 +247,29 @@ class SideMemory(Wrapper):
 
     @torch.no_grad()
     def _choose(self, keys: Tensor, outputs: Tensor) -> None:
-        """Choose each row's memory from what this pass shows of its prompt.
+        """Choose each row's memory from what this pass and those before it show of its prompt.
+
+        A column that is read again, as where a cache is set back, counts once.
 
         Args:
             keys: (rows, columns, d_in).
             outputs: W k, (rows, columns, d_out).
         """
-        reading, device = self.reading, keys.device
-        if reading.is_whole or len(self._counts) != reading.rows:
-            self._sums = torch.zeros(reading.rows, len(self.thresholds), device=device)
-            self._counts = torch.zeros(reading.rows, device=device)
-        prompt = reading.prompt_mask()[:, reading.start :].to(device)
-        if not reading.is_whole and not bool(prompt.any()):
+        reading = self.reading
+        prompt = reading.prompt_mask().to(keys.device)
+        new = prompt[:, reading.start :]
+        if not reading.is_whole and not bool(new.any()):
             return  # a generated token: the choice stands
-        owner = prompt.nonzero()[:, 0]
-        read, written = keys[prompt].float(), outputs[prompt].float()
-        for number, change in enumerate(self.changes):
-            stirred = self.indicator(written, read @ change.mT)
-            self._sums[:, number].index_add_(0, owner, stirred)
-        self._counts += prompt.sum(dim=1)
-        means = self._sums / self._counts.clamp(min=1)[:, None]
+        stirred = keys.new_full((*prompt.shape, len(self.thresholds)), torch.nan).float()
+        if len(self._stirred) == reading.rows:
+            before = self._stirred[:, : reading.start]
+            stirred[:, : before.shape[1]] = before
+        read, written = keys[new].float(), outputs[new].float()
+        stirred[:, reading.start :][new] = torch.stack(
+            [self.indicator(written, read @ change.mT) for change in self.changes], dim=1
+        )
+        self._stirred = stirred
+        means = stirred.where(prompt[..., None], torch.nan).nanmean(dim=1)
         strength = means / self.thresholds if self.relative else means
         enough = strength.where(means > self.thresholds, -1.0)
         self.chosen = torch.where(enough.amax(dim=1) < 0, -1, enough.argmax(dim=1))

@@ -131,6 +131,7 @@ def evaluate(
             "model": model,
             "weights": asker.weights,
             "dtype": dtype_name,
+            **{name: asker.key[name] for name in ("device", "torch", "transformers")},
             "dataset": dataset,
             "data": digest_of(data) if data is not None else None,
             "probes": {p: digest_of(p.partition("=")[2]) for p in probes or []},

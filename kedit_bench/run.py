@@ -72,7 +72,8 @@ class Run:
             limit: how many cases at most.
 
         Raises:
-            DataError: the folder belongs to another run, or there is no case.
+            DataError: the folder belongs to another run, or there is no case.  What a run of an
+                earlier version did not note may be anything.
         """
         wanted = {"format": FORMAT, **identity}
         if (self.folder / RUN).exists():
@@ -149,9 +150,9 @@ class Run:
     def _check_same(self, wanted: Mapping[str, Any]) -> None:
         stored = self.identity
         for key, value in json.loads(json.dumps(wanted)).items():
-            if stored.get(key) != value:
+            if key in stored and stored[key] != value:
                 raise DataError(
-                    f"{self.folder} is another run: its {key} is {stored.get(key)!r}, and "
+                    f"{self.folder} is another run: its {key} is {stored[key]!r}, and "
                     f"{value!r} is asked for. Choose another --out."
                 )
 

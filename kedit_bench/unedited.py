@@ -26,6 +26,7 @@ from kedit_core.ask import (
 from kedit_core.editing import EditSession, ModelHost
 from kedit_core.errors import EditError
 from kedit_core.paths import cache_root
+from kedit_core.view import stop_ids
 
 _VERSION = 1  # of how questions are asked; a new one makes all kept answers void
 _AT_ONCE = 8  # distributions of the whole vocabulary that are held together
@@ -84,9 +85,9 @@ class Asker:
     def __init__(self, session: EditSession, cache: AnswerCache | None = None) -> None:
         self.session = session
         with session.suspended():
-            key = answer_key(session.host)
-        self.weights = key["weights"]
-        self.cache = cache or AnswerCache(key)
+            self.key = answer_key(session.host)
+        self.weights = self.key["weights"]
+        self.cache = cache or AnswerCache(self.key)
 
     def unedited(self, questions: Iterable[Question]) -> dict[Question, Answer]:
         """Answers of the model without any edit."""
@@ -129,9 +130,11 @@ def answer_key(host: ModelHost) -> dict[str, str]:
     """Everything on which the unedited model's answers depend."""
     tokenizer = host.tokenizer
     words = tokenizer.backend_tokenizer.to_str() + str(getattr(tokenizer, "chat_template", ""))
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return {
         "weights": weights_digest(host),
         "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+        "special tokens": json.dumps([special, sorted(stop_ids(host))]),
         "config": hashlib.sha256(host.model.config.to_json_string().encode()).hexdigest(),
         "device": host.device.type,
         "kedit": kedit_core.__version__,

@@ -175,7 +175,7 @@ class ModelView:
         return [row for row, _ in fitted], [cut for _, cut in fitted]
 
     def _stop_id(self) -> int:
-        stops = _stop_ids(self.host)
+        stops = stop_ids(self.host)
         if not stops:
             raise RequestError(f"{self.host.name} has no end-of-text token to read.")
         own = self.host.tokenizer.eos_token_id
@@ -355,7 +355,7 @@ class ModelView:
             batch = pad(host, rows, align=[len(row.prompt) - 1 for row in rows])
             inputs = {k: batch.inputs[k] for k in ("input_ids", "attention_mask")}
             start = inputs["input_ids"].shape[1]
-        stops = _stop_ids(host)
+        stops = stop_ids(host)
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,
@@ -468,7 +468,8 @@ def _score(question: Read, row: Row, logprobs: Tensor, predicted: Sequence[int])
     )
 
 
-def _stop_ids(host: ModelHost) -> set[int]:
+def stop_ids(host: ModelHost) -> set[int]:
+    """The tokens that end what a model writes."""
     stops: set[int] = set()
     config = getattr(host.model, "generation_config", None)
     for found in (host.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):

@@ -66,7 +66,12 @@ def test_divergence_is_the_mean_kl_of_whole_distributions(session):
     assert found == pytest.approx(float(by_hand.sum(-1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("what", ["one weight", "dtype", "tokenizer", "chat template", "config"])
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "a further end")
+
+
+@pytest.mark.parametrize(
+    "what", ["one weight", "dtype", "tokenizer", "chat template", "config", *SPECIAL]
+)
 def test_another_model_or_tokenizer_has_answers_of_its_own(what, toy_host):
     host, other = toy_host("llama"), toy_host("llama")
     if what == "one weight":
@@ -78,6 +83,10 @@ def test_another_model_or_tokenizer_has_answers_of_its_own(what, toy_host):
         other.tokenizer.add_tokens(["zebra"])
     elif what == "chat template":
         other.tokenizer.chat_template = "{{ messages[0].content }}"
+    elif what == "a further end":
+        other.model.generation_config.eos_token_id = [5, 6]
+    elif what in SPECIAL:
+        setattr(other.tokenizer, what, 7)
     else:
         other.model.config.rms_norm_eps = 1e-3
 

@@ -101,6 +101,22 @@ def test_the_same_command_goes_on_and_another_one_is_refused(kedit, asked, tmp_p
     assert "its seed is 0, and 1 is asked for" in err
 
 
+def test_the_device_and_the_libraries_belong_to_a_run_if_it_noted_them(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    same = [*asked, "--method", "ft-m", "--limit", 1, "--out", out]
+    assert kedit(*same)[0] == 0
+    noted = json.loads((out / "run.json").read_text())
+    assert noted["device"] == "cpu"
+
+    (out / "run.json").write_text(json.dumps({**noted, "torch": "1.0"}))
+    code, _, err = kedit(*same)
+    assert code == 2
+    assert "its torch is '1.0'" in err
+    earlier = {k: v for k, v in noted.items() if k not in ("device", "torch", "transformers")}
+    (out / "run.json").write_text(json.dumps(earlier))
+    assert kedit(*same)[0] == 0
+
+
 def test_a_method_can_join_later(kedit, asked, tmp_path):
     out = tmp_path / "run"
     assert kedit(*asked, "--method", "ft-m", "--limit", 2, "--out", out)[0] == 0

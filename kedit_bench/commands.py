@@ -272,7 +272,8 @@ def _notes(run: Run, count: int, results: Sequence[dict[str, Any]]) -> Iterator[
     for result in results:
         seconds = result["seconds_per_edit"]
         if seconds is not None:
-            yield f"{result['label']}: {seconds:.2f} s per edit (median of {result['cases']})."
+            made = result["cases"] - len(result["failed"])
+            yield f"{result['label']}: {seconds:.2f} s per edit (median of {made})."
         if result["left_out"]:
             reason = next(iter(result["left_out"].values()))
             yield f"{result['label']} left out {len(result['left_out'])} cases: {reason}"

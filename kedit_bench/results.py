@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from kedit_bench.journal import Journal
@@ -25,7 +26,8 @@ class Measured:
 
     Attributes:
         scores: means of all moments, those of the unedited model among them.
-        seconds: of each case's edit.
+        cases: how many were edited, or should have been: all but those left out.
+        seconds: of each case's edit that did not fail.
         host_bytes, device_bytes: the highest of all edits; None where it was not measured.
         left_out: reason by number of the case.
         failed: the same for edits that failed.
@@ -36,6 +38,7 @@ class Measured:
     """
 
     scores: list[Mean] = field(default_factory=list)
+    cases: int = 0
     seconds: list[float] = field(default_factory=list)
     host_bytes: int | None = None
     device_bytes: int | None = None
@@ -98,7 +101,9 @@ def _scored(
     scored = []
     if moment == IMMEDIATE:
         scored += scorer.unchanged(case, before)
-        found.seconds.append(line["seconds"])
+        found.cases += 1
+        if "failed" not in line:
+            found.seconds.append(line["seconds"])
         found.host_bytes = _higher(found.host_bytes, line["host_bytes"])
         found.device_bytes = _higher(found.device_bytes, line["device_bytes"])
     if "failed" in line:
@@ -200,15 +205,14 @@ def scorer_of(identity: Mapping[str, Any], chosen: Sequence[Chosen]) -> Scorer:
 
 def _figures(found: Measured) -> dict[str, Any]:
     """Means with protocols, effort, and what was left out."""
-    seconds = sorted(found.seconds)
     return {
-        "cases": len(found.seconds),
+        "cases": found.cases,
         "left_out": {str(n): reason for n, reason in found.left_out.items()},
         "failed": {str(n): reason for n, reason in found.failed.items()},
         "merged_answers": found.merged,
         "cut_prompts": found.cut,
-        "seconds_per_edit": seconds[len(seconds) // 2] if seconds else None,
-        "seconds": sum(seconds),
+        "seconds_per_edit": median(found.seconds) if found.seconds else None,
+        "seconds": sum(found.seconds),
         "peak_host_bytes": found.host_bytes,
         "peak_device_bytes": found.device_bytes,
         "scores": [_mean(m) for m in found.scores],

@@ -391,6 +391,24 @@ def test_a_result_says_what_was_measured_and_how(session, tmp_path):
     assert result["seconds_per_edit"] > 0
 
 
+def test_time_is_the_median_of_edits_that_did_not_fail(session, tmp_path):
+    cases = toy_cases(5, session.host)
+    made = cell(tmp_path, "single")
+    made.run(session, Asker(session), cases)
+    lines = [json.loads(line) for line in made.journal.path.read_text().splitlines()]
+    for line, seconds in zip(lines, (4.0, 0.0, 1.0, 0.0, 2.0), strict=True):
+        line["seconds"] = seconds
+    lines[1]["failed"] = lines[3]["failed"] = "The edit fails."
+    made.journal.path.unlink()
+    made.journal.append(*lines[:4])
+    result = write_result(tmp_path, {}, cases, made.scorer)
+    assert (result["cases"], result["seconds_per_edit"], result["seconds"]) == (4, 2.5, 5)
+
+    made.journal.append(lines[4])
+    result = write_result(tmp_path, {}, cases, made.scorer)
+    assert (result["cases"], result["seconds_per_edit"], result["seconds"]) == (5, 2, 7)
+
+
 def test_a_metric_whose_answers_were_not_kept_is_refused(session, tmp_path):
     cases = toy_cases(1, session.host)
     made = cell(tmp_path, "single")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
 from kedit_core.plugins import Catalog
 from kedit_core.sites import Site
-
-_Typed = TypeVar("_Typed", ModuleSwap, CallEffect)
 
 
 @dataclass(eq=False)
@@ -72,9 +70,9 @@ class Changes:
             for effect in patch.effects:
                 if isinstance(effect, WeightDelta):
                     self._put(effect, applied)
-            self._rebuild(patch)
+            self._install(*self._built([patch]))
         except BaseException:
-            self.take_back([applied])
+            self._take_off([applied])
             raise
 
     def calls(self) -> list[Middleware]:
@@ -123,14 +121,39 @@ class Changes:
         else:
             self._add(delta)
 
-    def _rebuild(self, *patches: Patch) -> None:
-        """Build anew, from the stack, the wrappers and the middleware that the patches touch."""
-        effects = [effect for patch in patches for effect in patch.effects]
-        for path in dict.fromkeys(e.path for e in effects if isinstance(e, ModuleSwap)):
-            self._wrap(path)
-        if any(isinstance(effect, CallEffect) for effect in effects):
-            calls = [e for a in self.stack for e in a.patch.effects if isinstance(e, CallEffect)]
-            self._calls = [self._build(group) for group in _alike(calls)]
+    def _built(self, patches: Sequence[Patch]) -> tuple[dict[str, list[Wrapper]], list[Middleware]]:
+        """The wrappers of the modules that the patches touch, and the middleware, anew from the
+        stack; none of it is in force yet."""
+        wrappers = {path: self._wrapped(path) for path in _wrapped_paths(patches)}
+        if not _has_calls(patches):
+            return wrappers, self._calls
+        calls = [e for a in self.stack for e in a.patch.effects if isinstance(e, CallEffect)]
+        kinds = dict.fromkeys(effect.type for effect in calls)
+        return wrappers, [self._build([e for e in calls if e.type == kind]) for kind in kinds]
+
+    def _wrapped(self, path: str) -> list[Wrapper]:
+        """What the stack says is round a module; effects of one type in a row share a wrapper."""
+        effects = [e for a in self.stack for e in a.patch.effects]
+        swaps = [e for e in effects if isinstance(e, ModuleSwap) and e.path == path]
+        original = self._place(path).original
+        wrappers: list[Wrapper] = []
+        for _, group in groupby(swaps, key=lambda swap: swap.type):
+            wrapper = self._build(list(group), wrappers[-1] if wrappers else original)
+            wrapper.train(original.training)
+            wrapper.reading = self.host.reading
+            wrappers.append(wrapper)
+        return wrappers
+
+    def _install(self, wrappers: Mapping[str, list[Wrapper]], calls: list[Middleware]) -> None:
+        """Put wrappers round these modules, in place of those that are there, and middleware."""
+        for path, built in wrappers.items():
+            place = self._place(path)
+            place.parent._modules[place.name] = built[-1] if built else place.original
+            self._places.pop(path, None)
+            self._wrappers.pop(path, None)
+            if built:
+                self._places[path], self._wrappers[path] = place, built
+        self._calls = calls
         if self._places and self._watch is None:
             reading = self.host.reading
             self._watch = self.host.model.register_forward_pre_hook(
@@ -140,25 +163,9 @@ class Changes:
             self._watch.remove()
             self._watch = None
 
-    def _wrap(self, path: str) -> None:
-        """Wrap a module in what the stack says; effects of one type in a row share a wrapper."""
-        effects = [e for a in self.stack for e in a.patch.effects]
-        swaps = [e for e in effects if isinstance(e, ModuleSwap) and e.path == path]
-        place = self._places.get(path) or self._place(path)
-        wrappers: list[Wrapper] = []
-        for group in _alike(swaps):
-            wrapper = self._build(group, wrappers[-1] if wrappers else place.original)
-            wrapper.train(place.original.training)
-            wrapper.reading = self.host.reading
-            wrappers.append(wrapper)
-        place.parent._modules[place.name] = wrappers[-1] if wrappers else place.original
-        if wrappers:
-            self._places[path], self._wrappers[path] = place, wrappers
-        else:
-            self._places.pop(path, None)
-            self._wrappers.pop(path, None)
-
     def _place(self, path: str) -> _Place:
+        if path in self._places:
+            return self._places[path]
         parent_path, _, name = path.rpartition(".")
         parent = self.host.module(parent_path)
         while name not in parent._modules and isinstance(parent, Wrapper):
@@ -213,27 +220,38 @@ class Changes:
     def take_back(self, removed: Sequence[Applied]) -> None:
         """Take patches off the stack; restore snapshots and replay the patches that stay.
 
-        Subtracting a change would not give the same bits.
+        Subtracting a change would not give the same bits.  Where replaying fails, as memory may
+        run out, the error is raised when all of the patches is gone, perhaps with some of the
+        effects of those that stay; a rollback still ends at the original.
         """
+        patches = [applied.patch for applied in removed]
+        wrappers: dict[str, list[Wrapper]] = {path: [] for path in _wrapped_paths(patches)}
+        calls = [] if _has_calls(patches) else self._calls
+        try:
+            self._take_off(removed)
+            wrappers, calls = self._built(patches)
+        finally:
+            self._install(wrappers, calls)
+
+    def _take_off(self, removed: Sequence[Applied]) -> None:
+        """Take back all but wrappers and middleware."""
+        touched = {
+            self._name(d.site): d.site for a in removed if not a.overlay for d in a.patch.deltas
+        }
         for applied in removed:
             self.stack.remove(applied)
             for handle in applied.hooks:
                 handle.remove()
-        self._rebuild(*(applied.patch for applied in removed))
-        touched = {
-            self._name(d.site): d.site for a in removed if not a.overlay for d in a.patch.deltas
-        }
-        for name, site in touched.items():
-            if name not in self._snapshots:
-                continue
-            with torch.no_grad():
-                self.host.parameter(site).copy_(self._snapshots[name])
+        found = {name: site for name, site in touched.items() if name in self._snapshots}
+        self._write(found, self._snapshots)
+        replayed = [d for d in self._in_place() if self._name(d.site) in found]
+        still_changed = {self._name(d.site) for d in replayed}
+        for name in found:
             self._sums.pop(name, None)
-            kept = [d for d in self._in_place() if self._name(d.site) == name]
-            if not kept:
+            if name not in still_changed:
                 del self._snapshots[name]
-            for delta in kept:
-                self._add(delta)
+        for delta in replayed:
+            self._add(delta)
 
     def _in_place(self) -> list[WeightDelta]:
         return [d for a in self.stack if not a.overlay for d in a.patch.deltas]
@@ -267,6 +285,10 @@ class Changes:
                 self.host.parameter(site).copy_(content[name])
 
 
-def _alike(effects: Sequence[_Typed]) -> list[list[_Typed]]:
-    """Effects of one type that follow each other, together."""
-    return [list(group) for _, group in groupby(effects, key=lambda effect: effect.type)]
+def _wrapped_paths(patches: Sequence[Patch]) -> list[str]:
+    effects = [effect for patch in patches for effect in patch.effects]
+    return list(dict.fromkeys(e.path for e in effects if isinstance(e, ModuleSwap)))
+
+
+def _has_calls(patches: Sequence[Patch]) -> bool:
+    return any(isinstance(effect, CallEffect) for patch in patches for effect in patch.effects)

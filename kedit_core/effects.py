@@ -186,7 +186,7 @@ class Middleware:
 
     @classmethod
     def build(cls, calls: Sequence[CallEffect]) -> Middleware:
-        """One middleware for all effects of the type that follow each other.
+        """One middleware for all effects of the type; it acts where the first of them does.
 
         Args:
             calls: one of each edit, oldest first; at least one.

@@ -13,10 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kedit_core import EffectSpec, HyperParams, MethodSpec, hookimpl
+from kedit_core.changes import Changes
 from kedit_core.editing import (
     CallEffect,
     EditJob,
     EditSession,
+    Middleware,
     ModelHost,
     ModuleSwap,
     Patch,
@@ -361,12 +363,12 @@ class WhereItEnds(Wrapper):
         return output
 
 
-def with_effect(name, kind):
-    """The installed plugins, and an effect type of kind "module"."""
+def with_effect(name, built, kind="module"):
+    """The installed plugins, and an effect type."""
 
     @hookimpl
     def kedit_register_effects():
-        return [EffectSpec(name, f"{__name__}:{kind.__name__}", "For a test.")]
+        return [EffectSpec(name, f"{__name__}:{built.__name__}", "For a test.", kind=kind)]
 
     module = types.ModuleType("more")
     module.kedit_register_effects = kedit_register_effects
@@ -441,6 +443,69 @@ def test_wrappers_of_different_types_stand_in_the_order_of_edits(session):
         assert torch.equal(logits(session.host), expected)
     session.pop()
     assert session.host.module(path) is original
+
+
+class Exhausted(Shift):
+    """Cannot be built while there is no memory."""
+
+    no_memory = False
+
+    @classmethod
+    def build(cls, base, swaps):
+        if cls.no_memory:
+            raise torch.OutOfMemoryError("no memory")
+        return super().build(base, swaps)
+
+
+@pytest.mark.parametrize("fails", ["wrapper", "weights"])
+def test_what_cannot_be_replayed_still_ends_at_the_original(session, monkeypatch, fails):
+    host = session.host
+    session = EditSession(host, catalog=with_effect("exhausted", Exhausted))
+    path, before, modules = host.mlp_out(1).module, bits(host.model), list(host.model.modules())
+    answers = session.view().logits(PROMPTS)
+    swap = replace(shift_patch(host, path).effects[0], type="exhausted")
+    for seed in range(3):
+        deltas = weight_patch(host, 1, 2, seed=seed).effects
+        session.apply(Patch("by-hand", (*deltas, swap, *bias_patch(host, seed).effects)))
+
+    def refuse(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Exhausted, "no_memory", fails == "wrapper")
+        if fails == "weights":
+            patched.setattr(Changes, "_add", refuse)
+        with pytest.raises(torch.OutOfMemoryError if fails == "weights" else PatchError):
+            session.pop()
+        assert len(session.stack) == 2
+        assert host.module(path) in modules
+        session.rollback()
+
+    assert same(bits(host.model), before)
+    assert list(host.model.modules()) == modules
+    assert torch.equal(session.view().logits(PROMPTS), answers)
+    assert hooks(host.model) == 0
+    session.apply(weight_patch(host, 2))
+    session.rollback()
+    assert same(bits(host.model), before)
+
+
+def test_a_wrapper_that_cannot_be_built_leaves_the_edits_before_it(session, monkeypatch):
+    host = session.host
+    session = EditSession(host, catalog=with_effect("exhausted", Exhausted))
+    swaps = [
+        replace(shift_patch(host, path).effects[0], type="exhausted")
+        for path in (host.blocks[1].mlp, host.mlp_out(1).module)
+    ]
+    session.apply(Patch("by-hand", (*weight_patch(host, 1).effects, *swaps)))
+    kept, answers = bits(host.model), logits(host)
+    monkeypatch.setattr(Exhausted, "no_memory", True)
+
+    with pytest.raises(PatchError, match="no memory"):
+        session.apply(Patch("by-hand", (*weight_patch(host, 1, seed=2).effects, *swaps)))
+
+    assert same(bits(host.model), kept)
+    assert torch.equal(logits(host), answers)
 
 
 def test_a_swap_inside_a_wrapped_module_reaches_what_it_names(session):
@@ -1056,6 +1121,32 @@ def test_a_stream_refuses_the_folder_of_another(toy_host, tmp_path):
     session.rollback()
     with pytest.raises(RequestError, match="not the first of these requests"):
         next(session.stream("ft-m", [fact(2), fact(3)], hparams=FT, folder=tmp_path / "edits"))
+
+
+class OfAll(Middleware):
+    """Says before each prompt how many effects it is built of."""
+
+    def __init__(self, count):
+        self.count = count
+
+    @classmethod
+    def build(cls, calls):
+        return cls(len(calls))
+
+    def prompts(self, prompts):
+        return [f"{self.count} {prompt}" for prompt in prompts]
+
+
+def test_call_effects_of_one_type_are_one_whatever_lies_between_them(session):
+    session = EditSession(session.host, catalog=with_effect("of-all", OfAll, "call"))
+    for patch in (Patch("by-hand", (CallEffect("of-all"),)), preface_patch("A. ")) * 2:
+        session.apply(patch)
+
+    assert session.view().worded(["x"]) == ["A. A. 2 x"]
+    session.pop()
+    assert session.view().worded(["x"]) == ["A. 2 x"]
+    session.pop()
+    assert session.view().worded(["x"]) == ["A. 1 x"]
 
 
 def test_what_the_model_alone_does_not_show_is_named(session):

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from kedit_core import EditError, EditRequest, SettingError, SiteError, discover
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus
-from kedit_core.editing import EditSession, ModelHost
+from kedit_core.editing import EditSession, ModelHost, ModuleSwap, Patch
 from kedit_core.hparams import presets_of, resolve
 from kedit_core.models import config_facts
 from kedit_core.numerics.sample import context_texts
@@ -339,6 +339,45 @@ def test_replayed_edits_keep_out_of_other_memories(tmp_path):
     assert stirred(1) < stirred(0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "inside", "outside"),
+    [
+        ({"shards_per_memory": 1}, [], [0, 1, 2]),
+        ({"shards_per_memory": 2}, [2], [0, 1]),  # shards 2 and 3 will be merged
+        ({"shards_per_memory": 2, "name": "wise-merge"}, [0, 1, 2], []),  # there is one memory
+    ],
+)
+def test_replay_tells_memories_apart_not_shards(settings, inside, outside, tmp_path, monkeypatch):
+    session, chosen, drawn = session_on("llama", tmp_path), facts(4), list[list[str]]()
+    for fact in chosen[:3]:
+        edit(session, fact, **{"steps": 1, "edits_per_shard": 1, **settings})
+    monkeypatch.setattr(method, "_draw", lambda job, texts, count: drawn.append(texts) or [])
+    edit(session, chosen[3], **{"steps": 1, "edits_per_shard": 1, **settings})
+    assert drawn == [[text_of(chosen[n]) for n in numbers] for numbers in (inside, outside)]
+
+
+def test_edits_of_another_kind_of_memory_are_not_continued(tmp_path):
+    """What is trained from their change would not be what is put in force."""
+    first, second = facts(2)
+    session = session_on("llama", tmp_path)
+    edit(session, first, edits_per_shard=500)
+    patch = edit(session, second, edits_per_shard=500, retrieve=False, steps=1)
+    expected = edit(session_on("llama", tmp_path), second, steps=1).notes["losses"]
+    assert patch.notes["losses"] == pytest.approx(expected, rel=1e-4)
+    assert patch.effects[0].config["shard"] == 0
+
+
+def test_edits_under_another_wrapper_are_not_continued(tmp_path):
+    first, second = facts(2)
+    session = session_on("llama", tmp_path)
+    shift = {"vector": torch.zeros(session.host.weight(session.host.mlp_out(2)).shape[0])}
+    path = edit(session, first, edits_per_shard=500).effects[0].path
+    session.apply(Patch("shift", (ModuleSwap(path, "shift", {}, shift),)))
+    patch = edit(session, second, edits_per_shard=500, steps=1)
+    expected = edit(session_on("llama", tmp_path), second, steps=1).notes["losses"]
+    assert patch.notes["losses"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_irrelevant_texts_come_from_the_corpus_or_from_the_model(tmp_path):
     session = session_on("llama", tmp_path)
     hparams = hparams_of(SETTINGS)
@@ -398,7 +437,14 @@ def test_training_stops_when_the_loss_is_small_and_still(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mask_ratio": 0}, {"mask_ratio": 1.1}, {"edits_per_shard": 0}, {"density": 0}, {"steps": 0}],
+    [
+        {"mask_ratio": 0},
+        {"mask_ratio": 1.1},
+        {"edits_per_shard": 0},
+        {"density": 0},
+        {"steps": 0},
+        {"decay": "legacy", "momentum": 0.5},
+    ],
 )
 def test_settings_out_of_bounds_are_refused(settings):
     with pytest.raises(SettingError):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kedit_core import HyperParams
 
@@ -80,3 +80,11 @@ class WiseHyperParams(HyperParams):
     )
     stop_loss: float = Field(0.02, ge=0, description="Stop when the loss is at most this …")
     stop_change: float = Field(1e-4, ge=0, description="… and changed by no more than this.")
+
+    @model_validator(mode="after")
+    def _decays_alike(self) -> "WiseHyperParams":
+        if self.decay == "legacy" and self.momentum:
+            raise ValueError(
+                "decay=legacy shrinks all weights by one factor, so momentum must be 0"
+            )
+        return self

@@ -196,6 +196,9 @@ class SideMemory(Wrapper):
 
     A memory is chosen when a row's prompt is read, from the tokens of the prompt alone, and kept
     for what is generated after it.  Config and state of one edit are made by `Wise`.
+
+    Attributes:
+        swaps: the edits.
     """
 
     changes: Tensor  # (memories, d_out, d_in)
@@ -213,6 +216,7 @@ class SideMemory(Wrapper):
         self.register_buffer("changes", changes, persistent=False)
         self.register_buffer("thresholds", thresholds, persistent=False)
         self.indicator, self.relative = indicator, relative
+        self.swaps: tuple[ModuleSwap, ...] = ()
         self._stirred = torch.zeros(0, 0, len(thresholds))  # (rows, columns, memories)
         self.chosen = torch.zeros(0, dtype=torch.long)  # (rows,) number of a memory, or −1
 
@@ -224,7 +228,9 @@ class SideMemory(Wrapper):
         thresholds = torch.tensor([memory.threshold for memory in found], device=weight.device)
         changes = torch.stack([memory.change for memory in found])
         indicator, relative = Indicator(str(latest["activation"])), latest["choice"] == "relative"
-        return cls(base, changes, thresholds, indicator, relative)
+        wrapper = cls(base, changes, thresholds, indicator, relative)
+        wrapper.swaps = tuple(swaps)
+        return wrapper
 
     @classmethod
     def fold(cls, base: nn.Module, swap: ModuleSwap) -> tuple[Tensor, Tensor | None]:

@@ -47,21 +47,14 @@ class Wise:
         (request,) = job.requests  # max_batch=1 in the spec: the core never sends more
         host, hparams = job.host, self.hparams
         site = _site(host, hparams)
-        earlier = [
-            (effect, patch.requests[0].text)
-            for patch in job.earlier
-            for effect in patch.effects
-            if isinstance(effect, ModuleSwap) and effect.path == site.module
-        ]
-        number, shard = self._shard(job, host.weight(site), [effect for effect, _ in earlier])
+        earlier = self._earlier(host, site)
+        number, shard = self._shard(job, host.weight(site), earlier)
         texts = ("", *context_texts(job, hparams.contexts))
         rows = [join(host, text + request.text, request.target_new) for text in texts]
         strange = _irrelevant(job, hparams, len(job.earlier))
-        inside = [text for effect, text in earlier if effect.config["shard"] == number]
-        outside = [text for effect, text in earlier if effect.config["shard"] != number]
         replayed = [
             [Row(encode(host, text).ids) for text in _draw(job, texts, hparams.replay)]
-            for texts in (inside, outside)
+            for texts in self._replay(job, earlier, number)
         ]
         activation = _activation(host) if hparams.indicator == "legacy" else ""
         indicator = Indicator(activation)
@@ -102,6 +95,26 @@ class Wise:
             },
         )
         return Patch("wise", (swap,), notes=notes | {"irrelevant_stirred": float(strange_stirred)})
+
+    def _earlier(self, host: ModelHost, site: Site) -> list[ModuleSwap]:
+        """The edits with which a new one will share its wrapper, and may share a memory."""
+        module = host.module(site.module)
+        swaps = module.swaps if isinstance(module, SideMemory) else ()
+        return [swap for swap in swaps if swap.config["retrieve"] is self.hparams.retrieve]
+
+    def _replay(
+        self, job: EditJob, earlier: Sequence[ModuleSwap], number: int
+    ) -> tuple[list[str], list[str]]:
+        """Prompts of earlier edits of the memory of shard `number`, and of other memories."""
+        size, shared = self.hparams.shards_per_memory, {id(swap) for swap in earlier}
+        inside, outside = list[str](), list[str]()
+        for patch in job.earlier:
+            for effect in patch.effects:
+                if isinstance(effect, ModuleSwap) and id(effect) in shared:
+                    is_apart = int(effect.config["shard"]) // size != number // size
+                    found = outside if is_apart and self.hparams.retrieve else inside
+                    found += [request.text for request in patch.requests]
+        return inside, outside
 
     def _shard(
         self, job: EditJob, weight: Tensor, earlier: Sequence[ModuleSwap]

@@ -108,6 +108,13 @@ def evaluate(
     wanted = _methods(catalog, method or [], model, preset, hparams, settings)
     how = Regime.parse(regime)
     spec, _ = read_dataset(catalog, dataset, data)  # a wrong name or path is told at once
+    if spec.holds != "cases":
+        raise SettingError(
+            f"'{dataset}' is a dataset of {spec.holds}, and there is nothing to edit in it. Give "
+            f"it with --probes, besides a --dataset of cases."
+        )
+    for pair in probes or []:
+        _probes(catalog, pair)
     chosen = choose_metrics(catalog, metric or [], spec)
 
     session = options.open_session(
@@ -213,11 +220,11 @@ def _methods(
 
 def _probes(catalog: Catalog, pair: str) -> Iterator[Any]:
     name, equals, path = pair.partition("=")
-    if not equals:
+    if not (equals and path):
         raise SettingError(f"'{pair}' is no dataset of probes. Write --probes NAME=PATH.")
     spec, found = read_dataset(catalog, name, path)
     if spec.holds != "probes":
-        raise SettingError(f"'{name}' is a dataset of cases, not of probes.")
+        raise SettingError(f"'{name}' is a dataset of cases. Give it with --dataset instead.")
     return found
 
 

@@ -166,6 +166,7 @@ def test_metrics_are_computed_from_what_was_kept(kedit, asked, tmp_path):
 def test_probes_of_another_dataset_are_asked_too(kedit, asked, tmp_path):
     goals = tmp_path / "piqa.jsonl"
     goals.write_text('{"goal": "How to lace a shoe?", "sol1": "Cross the ends.", "sol2": "No."}\n')
+    (tmp_path / "piqa-labels.lst").write_text("0\n")
     code, printed, err = kedit(
         *(*asked, "--metric", "locality-agreement/teacher-forced@1", "--method", "ft-m"),
         *("--limit", 2, "--probes", f"commonsense={goals}", "--json"),
@@ -186,10 +187,20 @@ def test_probes_of_another_dataset_are_asked_too(kedit, asked, tmp_path):
         (["--method", "ft-m", "--metric", "eficacy/greedy@1"], "Did you mean"),
         (["--method", "ft-m", "--data", "nowhere.json"], "does not exist"),
         (["--method", "ft-m", "--dataset", "jsonn"], "Did you mean 'jsonl'"),
+        (["--method", "ft-m", "--dataset", "commonsense"], "Give it with --probes"),
+        (["--method", "ft-m", "--probes", "commonsense"], "Write --probes NAME=PATH"),
+        (["--method", "ft-m", "--probes", "commonsense="], "Write --probes NAME=PATH"),
+        (["--method", "ft-m", "--probes", "commonsens=x"], "Did you mean 'commonsense'"),
+        (["--method", "ft-m", "--probes", "commonsense=x.jsonl"], "x.jsonl does not exist"),
+        (["--method", "ft-m", "--probes", "jsonl=pyproject.toml"], "Give it with --dataset"),
         ([], "--method is missing"),
     ],
 )
-def test_wrong_use_is_one_sentence_before_weights_are_read(kedit, asked, arguments, says):
+def test_wrong_use_is_one_sentence_before_weights_are_read(
+    kedit, asked, arguments, says, monkeypatch
+):
+    weights = "kedit_core.cli.options.open_session"
+    monkeypatch.setattr(weights, lambda *args, **kwargs: pytest.fail("weights were read"))
     code, printed, err = kedit(*asked, *arguments)
 
     assert code == 2

@@ -25,15 +25,19 @@ def test_a_goal_is_asked_with_its_two_ways(unlabelled):
 
     assert (first.kind, first.name) == ("locality", "commonsense")
     assert first.prompt == "How do I dry wet boots?"
-    assert first.expected == ("Stuff them with newspaper.", "Stuff them with wet clay.")
-    assert first.options == {"choice": True}
+    assert first.expected == ()  # which of them is right is not known
+    assert first.options == {"ways": ["Stuff them with newspaper.", "Stuff them with wet clay."]}
 
 
 def test_labels_beside_the_file_say_which_way_is_right():
     found = list(Commonsense().probes(FILES / "piqa.jsonl"))
 
-    answers = [p.options["answer"] for p in found if not isinstance(p, LeftOut)]
-    assert answers == [0, 1, 0]  # the labels of what is left out are passed over
+    answers = [(p.expected, p.options) for p in found if not isinstance(p, LeftOut)]
+    assert answers == [  # the labels of what is left out are passed over
+        (("Stuff them with newspaper.",), {"other": "Stuff them with wet clay."}),
+        (("put it into a box.",), {"other": "leave it in the rain."}),
+        (("Heat it in a pot.",), {"other": "Cool it in a pot."}),
+    ]
 
 
 def test_records_without_two_different_ways_are_left_out(unlabelled):
@@ -65,7 +69,7 @@ def test_labels_of_another_file_are_refused(labels, message, unlabelled):
 def test_the_first_records_can_be_taken_alone():
     probes = Commonsense().probes(FILES / "piqa.jsonl")
 
-    assert [next(probes).options["answer"], next(probes).options["answer"]] == [0, 1]
+    assert [len(next(probes).expected), len(next(probes).expected)] == [1, 1]
 
 
 def test_it_is_a_source_of_probes():
@@ -95,4 +99,5 @@ def test_the_public_file_is_read_whole(benchmark_data):
 
     assert len(probes) == sum(1 for _ in read_rows(file)) == 1000
     assert not [item for item in probes if isinstance(item, LeftOut)]
-    assert all(len(probe.expected) == 2 for probe in probes)
+    labelled = file.with_name("piqa_valid-labels.lst").exists()
+    assert all(len(probe.expected) == labelled for probe in probes)

@@ -22,12 +22,12 @@ KEYS = frozenset({"goal", "sol1", "sol2"})
 
 
 class Commonsense:
-    """A goal to be completed by one of two ways (kind `locality`, name `commonsense`, option
-    `choice`).
+    """A goal to be completed by one of two ways (kind `locality`, name `commonsense`).
 
     The right one is known where labels lie beside the file: for `piqa_valid.jsonl` the file
-    `piqa_valid-labels.lst`, with 0 or 1 in the line of each record.  Option `answer` is then the
-    place of the right way among the accepted answers.
+    `piqa_valid-labels.lst`, with 0 or 1 in the line of each record.  It is then the accepted
+    answer, and option `other` is the other way.  Without labels no answer is accepted, and option
+    `ways` has both: whether the reply stays as it was can be told, whether it is right cannot.
     """
 
     def probes(self, source: Source | None = None) -> Iterator[Probe | LeftOut]:
@@ -48,19 +48,24 @@ class Commonsense:
             raise DataError(f"{labels} has more labels than {file} has records.")
 
 
-def _probe(row: Row) -> Probe:
+def _ways(row: Row) -> tuple[str, str]:
     ways = row.filled("sol1").strip(), row.filled("sol2").strip()
     if ways[0] == ways[1]:
         raise UnfitRow("both ways are the same")
-    return probe("locality", "commonsense", row.filled("goal"), ways, choice=True)
+    return ways
+
+
+def _probe(row: Row) -> Probe:
+    return probe("locality", "commonsense", row.filled("goal"), ways=list(_ways(row)))
 
 
 def _labelled(right: Iterator[int], labels: Path, row: Row) -> Probe:
     answer = next(right, None)  # before the row is looked at: the next one has the next label
     if answer is None:
         raise DataError(f"{labels} has no label for the record in line {row.line} of {row.file}.")
-    asked = _probe(row)
-    return asked.model_copy(update={"options": {**asked.options, "answer": answer}})
+    ways = _ways(row)
+    right_way, other = ways[answer], ways[1 - answer]
+    return probe("locality", "commonsense", row.filled("goal"), [right_way], other=other)
 
 
 def _labels(file: Path) -> Iterator[int]:

@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ class Corpus:
         if files := self.moment_files:
             return {"given": {file.name: moments_key(file) for file in files}}
         if path.is_file():
-            return {"file": hashlib.sha256(path.read_bytes()).hexdigest()}
+            return {"file": self._digest}
         return {"dataset": self.source, "split": self.split, "column": self.column}
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(Path(self.source).read_bytes()).hexdigest()
 
     def documents(self) -> Iterator[str]:
         """The documents of a file or dataset, in order.

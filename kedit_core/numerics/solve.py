@@ -43,21 +43,6 @@ def cholesky(moment: Tensor) -> Tensor:
     )
 
 
-def whiten(moment: Tensor | None, key: Tensor) -> Tensor:
-    """C⁻¹ k in float64; k itself where C is None (the identity).
-
-    Args:
-        moment: C, (m, m), or None.
-        key: k, (m,) or (m, n).
-    """
-    k = key.double()
-    if moment is None:
-        return k
-    columns = k[:, None] if k.ndim == 1 else k
-    solved = torch.cholesky_solve(columns, cholesky(moment.to(k.device)))
-    return solved[:, 0] if k.ndim == 1 else solved
-
-
 def rank_one_factors(change: Tensor, direction: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the update ΔW along a direction u that moves the output for key k by r.
 

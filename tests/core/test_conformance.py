@@ -18,8 +18,9 @@ from kedit_core.editing import CallEffect, EditJob, ModuleSwap, Patch, WeightDel
 from kedit_core.errors import ModelError, SiteError
 from kedit_core.forward import run_until
 from kedit_core.numerics.losses import mean_nll
-from kedit_core.numerics.solve import rank_one_factors, whiten
-from kedit_core.numerics.stats import second_moment
+from kedit_core.numerics.ridge import inverse_by
+from kedit_core.numerics.solve import rank_one_factors
+from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.trace import states_at_marks
 from kedit_core.numerics.values import ValueSettings, ValueTask, optimise_values
 from kedit_core.testing import all_checks, parametrize_checks, run_checks
@@ -57,7 +58,8 @@ class Insert:
         points = {"key": (site.module, "input"), "output": (site.module, "output")}
         states = states_at_marks(host, [row], points)
         key, output = states["key"][0].float(), states["output"][0].float()
-        direction = whiten(second_moment(job, site, tokens=1000), key)
+        inverse = inverse_by(moment_factors(job, [site], tokens=1000)[site])
+        direction = inverse(key[:, None])[:, 0]
         left, right = rank_one_factors(value.target - output, direction, key)
         return Patch("insert", (WeightDelta(site, left, right),))
 

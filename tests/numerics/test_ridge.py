@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kedit_core.errors import EditError
 from kedit_core.numerics.ridge import Constraint, inverse_by, least_squares
-from kedit_core.numerics.solve import cholesky, rank_one_factors, whiten
+from kedit_core.numerics.solve import cholesky, rank_one_factors
 from kedit_core.patch import Patch
 from kedit_core.sites import Site
 
@@ -74,9 +74,11 @@ def test_without_a_ridge_every_key_is_mapped_exactly():
 def test_without_a_ridge_one_key_gives_the_rank_one_update():
     key, change, c = draw(WIDTH, seed=1), draw(D_OUT, seed=2), moment()
 
-    update = least_squares(key[:, None], change[:, None], whiten(c, key)[:, None], ridge=0.0)
+    direction = inverse_by(cholesky(c))(key[:, None])
 
-    left, right = rank_one_factors(change, whiten(c, key), key)
+    update = least_squares(key[:, None], change[:, None], direction, ridge=0.0)
+
+    left, right = rank_one_factors(change, direction[:, 0], key)
     assert_close(product(update), left.double() @ right.double())
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kedit_core.errors import EditError
-from kedit_core.numerics.solve import cholesky, rank_one_factors, whiten
+from kedit_core.numerics.ridge import inverse_by
+from kedit_core.numerics.solve import cholesky, rank_one_factors
 
 
 def moment_of(width: int, samples: int, seed: int = 0) -> Tensor:
@@ -19,6 +20,11 @@ def moment_of(width: int, samples: int, seed: int = 0) -> Tensor:
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whitened(moment: Tensor, key: Tensor) -> Tensor:
+    """C⁻¹ k."""
+    return inverse_by(cholesky(moment))(key[:, None])[:, 0]
 
 
 def constrained_least_squares(weight: Tensor, key: Tensor, value: Tensor, moment: Tensor) -> Tensor:
@@ -39,7 +45,7 @@ def constrained_least_squares(weight: Tensor, key: Tensor, value: Tensor, moment
 def test_inserted_key_maps_to_its_value(d_out, d_in):
     weight, key, value = draw(d_out, d_in), draw(d_in, seed=2), draw(d_out, seed=3)
 
-    direction = whiten(moment_of(d_in, 200), key)
+    direction = whitened(moment_of(d_in, 200), key)
     left, right = rank_one_factors(value - weight @ key, direction, key)
 
     assert left.shape == (d_out, 1)
@@ -53,7 +59,7 @@ def test_update_is_the_one_that_disturbs_stored_associations_least(d_in):
     weight, key, value = draw(6, d_in), draw(d_in, seed=2), draw(6, seed=3)
     moment = moment_of(d_in, 300)
 
-    left, right = rank_one_factors(value - weight @ key, whiten(moment, key), key)
+    left, right = rank_one_factors(value - weight @ key, whitened(moment, key), key)
 
     expected = constrained_least_squares(weight, key, value, moment)
     torch.testing.assert_close((left @ right).double(), expected, rtol=1e-4, atol=1e-6)
@@ -62,20 +68,9 @@ def test_update_is_the_one_that_disturbs_stored_associations_least(d_in):
 def test_without_moment_the_update_has_least_frobenius_norm():
     key, change = draw(7), draw(5, seed=2)
 
-    left, right = rank_one_factors(change, whiten(None, key), key)
+    left, right = rank_one_factors(change, key, key)
 
     torch.testing.assert_close(left @ right, change[:, None] @ key[None, :] / (key @ key))
-
-
-def test_whitening_solves_one_key_as_it_solves_many():
-    moment, keys = moment_of(9, 100), draw(9, 3)
-
-    together = whiten(moment, keys)
-
-    assert together.dtype == torch.float64
-    torch.testing.assert_close(moment.double() @ together, keys.double())
-    for n in range(3):
-        torch.testing.assert_close(whiten(moment, keys[:, n]), together[:, n])
 
 
 def test_well_conditioned_moment_is_factored_as_it_is():
@@ -102,7 +97,7 @@ def test_singular_moment_gets_the_least_ridge_that_suffices(caplog):
 def test_fewer_samples_than_dimensions_still_give_an_exact_update():
     weight, key, value = draw(4, 20), draw(20, seed=2), draw(4, seed=3)
 
-    direction = whiten(moment_of(20, 5), key)
+    direction = whitened(moment_of(20, 5), key)
     left, right = rank_one_factors(value - weight @ key, direction, key)
 
     torch.testing.assert_close((weight + left @ right) @ key, value, rtol=1e-3, atol=1e-4)
@@ -121,7 +116,7 @@ def test_fewer_samples_than_dimensions_still_give_an_exact_update():
 )
 def test_what_is_no_second_moment_is_refused(moment):
     with pytest.raises(EditError, match="not positive definite"):
-        whiten(moment, torch.ones(3))
+        cholesky(moment)
 
 
 def test_key_orthogonal_to_the_direction_is_refused():
@@ -132,14 +127,14 @@ def test_key_orthogonal_to_the_direction_is_refused():
 def test_mixed_keys_explode_where_one_key_in_both_places_does_not():
     # The subject is the first token: its plain key is almost orthogonal to its keys after texts.
     change, moment = draw(4), moment_of(16, 400)
-    mean = whiten(None, draw(16, seed=2)).float()
+    mean = draw(16, seed=2)
     plain = draw(16, seed=3)
-    u = whiten(moment, mean).float()
+    u = whitened(moment, mean).float()
     plain = plain - (plain @ u) / (u @ u) * u + 1e-4 * u / u.norm()
 
     mixed_left, mixed_right = rank_one_factors(change, u, plain)
     same = {
-        name: rank_one_factors(change, whiten(moment, key), key)
+        name: rank_one_factors(change, whitened(moment, key), key)
         for name, key in {"context": mean, "prompt": plain}.items()
     }
 
@@ -148,4 +143,4 @@ def test_mixed_keys_explode_where_one_key_in_both_places_does_not():
     for left, right in same.values():
         assert float((left @ right).norm()) < 3 * reference
     for key in (mean, plain):
-        assert float(key.double() @ whiten(moment, key)) > 0  # kᵀC⁻¹k
+        assert float(key.double() @ whitened(moment, key)) > 0  # kᵀC⁻¹k

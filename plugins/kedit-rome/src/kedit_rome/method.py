@@ -6,11 +6,12 @@ import logging
 
 from torch import Tensor
 
-from kedit_core.editing import EditJob, Patch, WeightDelta
+from kedit_core.editing import EditJob, Patch, Site, WeightDelta
 from kedit_core.numerics.facts import essence_row
+from kedit_core.numerics.ridge import Inverse, inverse_by
 from kedit_core.numerics.sample import context_texts
-from kedit_core.numerics.solve import rank_one_factors, whiten
-from kedit_core.numerics.stats import second_moment
+from kedit_core.numerics.solve import rank_one_factors
+from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.trace import states_at_marks
 from kedit_core.numerics.values import Value, ValueSettings, ValueTask, target_values
 from kedit_core.request import EditRequest
@@ -30,10 +31,9 @@ class Rome:
         self.hparams = hparams
 
     def prepare(self, job: EditJob) -> None:
-        """Collect the second moment and sample the contexts."""
+        """Collect and factor the second moment and sample the contexts."""
         context_texts(job, self.hparams.contexts)
-        if self.hparams.second_moment:
-            second_moment(job, job.host.mlp_out(self.hparams.layer), self.hparams.moment_tokens)
+        self._inverse(job, job.host.mlp_out(self.hparams.layer))
 
     def edit(self, job: EditJob) -> Patch:
         """Compute the rank-one change that writes the request's fact.
@@ -45,7 +45,7 @@ class Rome:
         (request,) = job.requests
         host, hparams = job.host, self.hparams
         site = host.mlp_out(hparams.layer)
-        moment = second_moment(job, site, hparams.moment_tokens) if hparams.second_moment else None
+        inverse = self._inverse(job, site)
         contexts = ("", *context_texts(job, hparams.contexts))
         rows = tuple(rewrite_row(host, request, hparams.fact_token, text) for text in contexts)
 
@@ -60,7 +60,7 @@ class Rome:
         states = states_at_marks(host, rows, points)
         keys, outputs = states["key"].float().cpu(), states["output"].float().cpu()
         direction_key, key, current = self._keys(keys, outputs)
-        direction = whiten(moment, direction_key)
+        direction = inverse(direction_key[:, None])[:, 0]
         left, right = rank_one_factors(value.target - current, direction, key)
 
         notes = {
@@ -72,6 +72,12 @@ class Rome:
             "contexts": list(contexts),
         }
         return Patch("rome", (WeightDelta(site, left, right),), notes=notes)
+
+    def _inverse(self, job: EditJob, site: Site) -> Inverse:
+        """K ↦ C⁻¹ K; without a second moment K itself."""
+        if not self.hparams.second_moment:
+            return lambda keys: keys
+        return inverse_by(moment_factors(job, [site], self.hparams.moment_tokens)[site])
 
     def _value(
         self, job: EditJob, module: str, request: EditRequest, rows: tuple[Row, ...]

@@ -246,7 +246,7 @@ def _draw_retention(axes: Any, results: Sequence[Result]) -> bool:
                 label=f"{result['label']}: {metric}",
             )
     axes.set_xscale("symlog")
-    axes.set_xlabel("edits since its own")
+    axes.set_xlabel("cases edited since its own step")
     axes.set_ylim(-0.02, 1.02)
     axes.legend() if found else None
     return found

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from kedit_bench.journal import Journal
+from kedit_bench.regime import Regime
 from kedit_bench.run import Cases, Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, Chosen, Mean, Measurement, Scorer
 from kedit_core.ask import Answer, Question, answer_from_json, question_from_json
@@ -34,7 +35,7 @@ class Measured:
         merged, cut: answers whose first token holds characters of the prompt, and those whose
             prompt was too long.
         by_age: in a sequence, how many values of a headline metric there are, and their sum, by
-            metric and bits of the number of edits since the case's own.
+            metric and bits of the number of cases in later steps than the case's own.
     """
 
     scores: list[Mean] = field(default_factory=list)
@@ -64,6 +65,7 @@ def _measurements(
     journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer, found: Measured
 ) -> Iterator[Measurement]:
     """The scores of each line of a journal; what else it says is noted in `found`."""
+    size = Regime.parse(scorer.where["schedule"]).size
     first: dict[int, int] = {}  # where a case's answers of both sides are
     try:
         for place in journal.places():
@@ -79,7 +81,9 @@ def _measurements(
                 scored = _scored(line, both, cases[n], scorer, found)
                 yield from scored
                 if line["moment"] != IMMEDIATE:
-                    _note_age(found, _edits(line["moment"], len(cases)) - 1 - n, scored)
+                    edits = _edits(line["moment"], len(cases))
+                    own = min(edits, (n // size + 1) * size)  # edited with it or before it
+                    _note_age(found, edits - own, scored)
     except KeyError as error:
         raise DataError(
             f"{journal.path} does not hold the answer to {error.args[0]!r}, which a metric needs. "

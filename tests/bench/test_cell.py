@@ -16,13 +16,14 @@ from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
 from kedit_bench.results import score_journal, write_result
 from kedit_bench.run import Run
+from kedit_bench.scoring import Scorer
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
 from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, SettingError
 from kedit_core.plugins import discover
-from tests.bench.fakes import LAST, PICKY, cell, scorer, toy_cases
+from tests.bench.fakes import LAST, PICKY, WHERE, cell, scorer, toy_cases
 
 
 @pytest.fixture
@@ -92,6 +93,17 @@ def test_cases_so_far_are_asked_again_at_checkpoints(session, tmp_path):
         1: (2, 0.0),
         2: (2, 0.0),
     }
+
+
+def test_the_age_of_an_edit_counts_cases_of_later_steps(session, tmp_path):
+    cases = toy_cases(5, session.host)
+    metrics = Scorer(scorer(TF).chosen, {**WHERE, "schedule": "sequential:2"})
+    made = cell(tmp_path, "sequential:2", metrics=metrics)
+    run(made, session, cases)
+
+    by_age = score_journal(made.journal, cases, made.scorer).by_age
+    # steps of two, two and one case: ages 3, 3, 1, 1 and 0, of which 3 has two bits and 1 has one
+    assert {bits: count for (_, bits), (count, _) in by_age.items()} == {2: 2, 1: 2, 0: 1}
 
 
 def test_requests_that_the_method_refuses_are_left_out_with_the_reason(session, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kedit_core.artifacts import ArtifactStore
-from kedit_core.changes import Changes
+from kedit_core.changes import Applied, Changes
 from kedit_core.corpus import Corpus
 from kedit_core.effects import CallEffect
 from kedit_core.errors import EditError, ModelError, PatchError, RequestError, SettingError
@@ -45,7 +45,7 @@ class Savepoint:
     """A place in a session's history to come back to."""
 
     depth: int
-    top: Patch | None
+    top: Applied | None
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,13 @@ class EditSession:
         **options: Any,
     ) -> Iterator[EditOutcome]:
         """As `edit`, in force inside the block only."""
-        mark = self.savepoint()
+        before = list(self._changes.stack)
         outcome = self.edit(method, requests, **options)
         try:
             yield outcome
         finally:
-            self.rollback(mark)
+            self._refuse_if_suspended()
+            self._changes.take_back([a for a in self._changes.stack if a not in before])
 
     def prepare(
         self,
@@ -366,7 +367,7 @@ class EditSession:
 
     def savepoint(self) -> Savepoint:
         """The present place in the history."""
-        stack = self.stack
+        stack = self._changes.stack
         return Savepoint(len(stack), stack[-1] if stack else None)
 
     def rollback(self, mark: Savepoint | None = None) -> None:
@@ -376,11 +377,12 @@ class EditSession:
             EditError: the savepoint is no longer part of this session's history.
         """
         self._refuse_if_suspended()
-        depth = mark.depth if mark is not None else 0
-        stack = self.stack
-        if mark is not None and depth and (depth > len(stack) or stack[depth - 1] is not mark.top):
-            raise EditError("This savepoint was rolled back already.")
-        self._changes.take_back(self._changes.stack[depth:])
+        stack, depth = self._changes.stack, 0
+        if mark is not None and mark.top is not None:
+            if mark.top not in stack:
+                raise EditError("This savepoint was rolled back already.")
+            depth = stack.index(mark.top) + 1  # less than at the mark where some were taken out
+        self._changes.take_back(stack[depth:])
 
     def pop(self) -> Patch:
         """Take back the latest patch and return it.

@@ -1053,6 +1053,34 @@ def test_one_edit_is_taken_back_from_among_later_ones(toy_host):
     assert [patch.requests[0] for patch in session.stack] == [facts[0], *facts[2:]]
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_trial_ends_after_an_earlier_edit_was_taken_out(toy_host, index):
+    host = toy_host("llama")
+    session = EditSession(host, catalog=with_method(remembering()))
+    for number in range(2):
+        session.edit("remembered", fact(number))
+    first = session.stack[1 - index]
+
+    with session.trial("remembered", fact(2)):
+        session.edit("remembered", fact(3))
+        session.remove(index)
+
+    assert session.stack == (first,)
+
+
+def test_a_savepoint_is_good_after_an_edit_below_it_was_taken_out(toy_host):
+    session = EditSession(toy_host("llama"), catalog=with_method(remembering()))
+    for number in range(2):
+        session.edit("remembered", fact(number))
+    mark, kept = session.savepoint(), session.stack[1]
+    session.edit("remembered", fact(2))
+    session.remove(0)
+
+    session.rollback(mark)
+
+    assert session.stack == (kept,)
+
+
 def test_an_edit_on_which_later_ones_may_build_is_not_taken_back_alone(toy_host):
     host = toy_host("llama")
     session = EditSession(host, catalog=with_method(remembering(removable=False)))

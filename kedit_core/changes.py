@@ -136,9 +136,11 @@ class Changes:
         effects = [e for a in self.stack for e in a.patch.effects]
         swaps = [e for e in effects if isinstance(e, ModuleSwap) and e.path == path]
         original = self._place(path).original
+        former = iter(self._wrappers.get(path, ()))
         wrappers: list[Wrapper] = []
         for _, group in groupby(swaps, key=lambda swap: swap.type):
-            wrapper = self._build(list(group), wrappers[-1] if wrappers else original)
+            base = wrappers[-1] if wrappers else original
+            wrapper = self._build(list(group), base, former=next(former, None))
             wrapper.train(original.training)
             wrapper.reading = self.host.reading
             wrappers.append(wrapper)
@@ -172,11 +174,18 @@ class Changes:
             parent = parent.base
         return _Place(parent, name, cast(nn.Module, parent._modules[name]))
 
-    def _build(self, effects: Sequence[ModuleSwap] | Sequence[CallEffect], *base: nn.Module) -> Any:
+    def _build(
+        self,
+        effects: Sequence[ModuleSwap] | Sequence[CallEffect],
+        *base: nn.Module,
+        former: Wrapper | None = None,
+    ) -> Any:
+        """What effects of one type amount to; `former` stood where it will stand."""
         name = effects[0].type
         kind = self.catalog.effect(name).load()
+        build: Any = former.rebuilt if former is not None and type(former) is kind else kind.build
         try:
-            return kind.build(*base, effects)
+            return build(*base, effects)
         except KEditError:
             raise
         except Exception as error:  # config and state may come from a file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,13 @@ class Wrapper(nn.Module):
         while isinstance(wrapped, Wrapper):
             wrapped = wrapped.base
         return getattr(wrapped, name)
+
+    def rebuilt(self, base: nn.Module, swaps: Sequence[ModuleSwap]) -> Wrapper:
+        """What stands in this wrapper's place when edits have come or gone: what `build` makes.
+
+        To override where what was made for the edits that stay is worth keeping.
+        """
+        return cast(ModuleEffect, type(self)).build(base, swaps)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base(*args, **kwargs)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_core.editing import CallEffect, ModuleSwap, Site, WeightDelta, Wrapper
+from kedit_core.editing import CallEffect, EditSession, ModuleSwap, Site, WeightDelta, Wrapper
 from kedit_core.effects import Middleware, ModuleEffect, is_finite
 from kedit_core.errors import PatchError
 from kedit_core.testing.effects import Preface, Shift, TokenBias
+from tests.core.edits import shift_patch
 
 SITE = Site("layer.weight")
 
@@ -106,6 +107,25 @@ def test_a_wrapper_answers_for_its_base_what_models_ask_of_it():
     assert not hasattr(wrapper, "no_such_name")
     # An outer wrapper does not take an inner one's tensors for its own.
     assert wrapper.vector is not wrapper.base.vector
+
+
+def test_a_wrapper_makes_what_takes_its_place_when_edits_come_and_go(toy_host, monkeypatch):
+    host, asked = toy_host("llama"), []
+
+    def rebuilt(wrapper, base, swaps):
+        asked.append((wrapper, base, len(swaps)))
+        return Shift.build(base, swaps)
+
+    monkeypatch.setattr(Shift, "rebuilt", rebuilt)
+    session, path = EditSession(host), host.mlp_out(1).module
+    original, found = host.module(path), []
+    for seed in range(2):
+        session.apply(shift_patch(host, path, seed=seed))
+        found.append(host.module(path))
+    session.pop()
+
+    assert asked == [(found[0], original, 2), (found[1], original, 1)]
+    assert host.module(path).base is original
 
 
 def test_a_base_class_wrapper_says_nothing_of_its_own():

@@ -57,7 +57,7 @@ def _of_answers() -> Iterator[MetricSpec]:
                 scorer=protocol,
                 reference="truth" if quantity == "locality-accuracy" else "target",
                 form="task" if protocol.startswith(("task", "wild")) else "bare",
-                better="lower" if protocol in UNITS else "higher",
+                better="lower" if (protocol in UNITS) != (quantity == "instance") else "higher",
                 default=protocol in DEFAULT and quantity not in ("locality-accuracy", "instance"),
             )
 
@@ -153,6 +153,16 @@ def _others() -> Iterator[MetricSpec]:
         scorer="KL",
         reference="unedited",
         better="lower",
+    )
+    yield MetricSpec(
+        name="instance/change@1",
+        target=f"{metrics}.instances:InstanceChange",
+        summary="How many fewer instances of an edited concept are called so after the edit.",
+        paper="arXiv:2403.06259",
+        probe="instance",
+        decoding=GREEDY,
+        scorer="yes before less yes after",
+        reference="unedited",
     )
     yield MetricSpec(
         name="tests/greedy-contains@1",

@@ -10,6 +10,7 @@ import torch
 
 from kedit_bench.metrics.contrast import Contrast
 from kedit_bench.metrics.generation import Consistency, Fluency, Naturalness
+from kedit_bench.metrics.instances import InstanceChange
 from kedit_bench.metrics.opinion import Opinion, divergence
 from kedit_bench.metrics.side_effects import Perplexity
 from kedit_bench.metrics.tests_passed import TestsPassed
@@ -18,7 +19,9 @@ from kedit_core.ask import Divergence, Read
 from kedit_core.editing import EditSession, ModelView
 from kedit_core.errors import SettingError
 from kedit_core.measure import ngram_entropy
+from kedit_core.plugins import discover
 from kedit_core.request import EditCase, EditRequest, Probe
+from kedit_core.spec import MetricSpec
 from kedit_core.testing.toys import toy_facts
 from tests.bench.asked import case, says, score
 
@@ -239,6 +242,29 @@ def test_divergence_is_the_mean_over_what_is_said_about_another_topic():
     after = says(metric, asked, {("Q", "a"): Divergence(0.2), ("Q", "b"): Divergence(0.4)})
 
     assert metric.score(asked, {}, after)[""].value == pytest.approx(0.3)
+
+
+def test_instances_change_where_yes_becomes_no_and_other_replies_are_told():
+    asked = case(*(Probe(kind="instance", prompt=p, expected="Yes") for p in "ABCD"))
+    metric = InstanceChange()
+    before = says(metric, asked, {("A",): " Yes", ("B",): " yes.", ("C",): " Yes", ("D",): " No"})
+    after = says(metric, asked, {("A",): " No", ("B",): " It", ("C",): " Yes", ("D",): " No, it"})
+
+    found = metric.score(asked, before, after)
+    assert {part: (s.value, s.probes) for part, s in found.items()} == {
+        "": (0.5, 4),
+        "unclear": (0.25, 4),
+    }
+    assert metric.score(asked, before, before)[""].value == 0
+    assert metric.score(case(), {}, {}) == {}
+
+
+def test_fewer_instances_are_better():
+    better = {s.name: s.better for s in discover().all(MetricSpec) if s.probe == "instance"}
+
+    assert better["instance/change@1"] == "higher"
+    assert better["instance/greedy@1"] == better["instance/teacher-forced@1"] == "lower"
+    assert better["instance/nll@1"] == better["instance/rank@1"] == "higher"
 
 
 def query(test, prompt, *, combine="any", name="hops", conditions=()):

@@ -17,7 +17,7 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
                 *("efficacy/teacher-forced@1", "efficacy/all-tokens@1"),
                 *("generalization/teacher-forced@1", "generalization/all-tokens@1"),
                 *("locality-agreement/teacher-forced@1", "locality-agreement/greedy@1"),
-                "instance/greedy@1",
+                "instance/change@1",
             ),
         )
     ]

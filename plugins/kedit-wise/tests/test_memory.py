@@ -301,6 +301,14 @@ def test_indicators():
     torch.testing.assert_close(legacy, (silu(outputs + added) - silu(outputs)).norm(dim=-1))
 
 
+@pytest.mark.parametrize(
+    "config", [{"activation": "no-such"}, {"merge": "no-such"}, {"choice": "no-such"}]
+)
+def test_unknown_settings_of_a_file_are_refused_before_the_model_is_asked(config):
+    with pytest.raises(PatchError, match="'no-such'"):
+        memory(swap(entry(0, 0, 1.0)), swap(entry(0, 0, 1.0), **config), swap(entry(0, 0, 1.0)))
+
+
 def test_folding_is_refused_with_a_reason():
     with pytest.raises(PatchError, match="Which prompts"):
         SideMemory.fold(linear(), swap(entry(0, 0, 1.0)))

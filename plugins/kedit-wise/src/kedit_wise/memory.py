@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from kedit_core.editing import ModuleSwap, Wrapper
 from kedit_core.errors import PatchError
 from kedit_core.probing import hidden_of, with_hidden
-from kedit_wise.merging import merged
+from kedit_wise.merging import WAYS, merged
 
 ACCUMULATED = 0.6  # weight of what was merged before, against all new shards together
 
@@ -222,6 +222,8 @@ class SideMemory(Wrapper):
 
     @classmethod
     def build(cls, base: nn.Module, swaps: Sequence[ModuleSwap]) -> SideMemory:
+        for swap in swaps:
+            _check(swap)
         latest = swaps[-1].config
         weight = cast(Tensor, base.weight).detach()
         found = memories(weight.mT if latest["transposed"] else weight, swaps)
@@ -279,3 +281,17 @@ class SideMemory(Wrapper):
         strength = means / self.thresholds if self.relative else means
         enough = strength.where(means > self.thresholds, -1.0)
         self.chosen = torch.where(enough.amax(dim=1) < 0, -1, enough.argmax(dim=1))
+
+
+def _check(swap: ModuleSwap) -> None:
+    """Refuse settings that would only fail, or be passed over, when the model is asked.
+
+    Raises:
+        PatchError: one of them is unknown.
+    """
+    known = {"activation": ("", *ACT2FN), "merge": WAYS, "choice": ("largest", "relative")}
+    for name, values in known.items():
+        if swap.config[name] not in values:
+            raise PatchError(
+                f"The side memory of {swap.path} has {name} '{swap.config[name]}', which is none."
+            )

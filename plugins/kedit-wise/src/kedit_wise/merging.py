@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WAYS = ("ties", "magnitude", "sign", "linear")
+
 
 def merged(changes: Sequence[Tensor], weights: Sequence[float], how: str, density: float) -> Tensor:
     """The weighted mean of changes τ_i with weights w_i, entry by entry.
@@ -19,7 +21,7 @@ def merged(changes: Sequence[Tensor], weights: Sequence[float], how: str, densit
     Args:
         changes: at least one, all of one shape; not modified.
         weights: one of each, positive.
-        how: `linear`, `magnitude`, `sign` or `ties`.
+        how: one of `WAYS`.
         density: of `magnitude` and `ties`; the share of all entries, zeros among them.
     """
     stacked = torch.stack(list(changes))

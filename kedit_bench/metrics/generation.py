@@ -19,14 +19,18 @@ from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
 
 _TERMS = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's, with which the published tables were made
+_MIN_WRITTEN = 20  # tokens
 
 
 class Fluency:
     """Entropy of word pairs and triples of sampled text, as in ROME.
 
     GE = H₂/3 + 2·H₃/3 with Hₙ = −Σ f log₂ f over the n-grams' relative frequencies; the text
-    includes its prompt.  Also the share of different pairs, and the share of words that repeat
-    the one before or the pair before.
+    includes its prompt.  Also the share of different pairs, and the share of words that are the
+    same as one of the three before.
+
+    A text of which the model wrote fewer than 20 tokens, because the prompt left no room or because
+    it ended there, would tell about the prompt.  It does not count.
 
     Args:
         length: tokens of prompt and continuation.
@@ -46,7 +50,10 @@ class Fluency:
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
         """Entropy in bits, and the parts `distinct_2` and `repetition` as shares."""
-        texts = [q.prompt + text_of(after, q).text for q in self.questions(case)]
+        written = [(q.prompt, text_of(after, q)) for q in self.questions(case)]
+        texts = [prompt + new.text for prompt, new in written if len(new.tokens) >= _MIN_WRITTEN]
+        if not texts:
+            return {}
         words = [words_of(text) for text in texts]
         return {
             "": CaseScore(mean(map(ngram_entropy, texts)), len(texts)),

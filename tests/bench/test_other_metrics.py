@@ -23,7 +23,7 @@ from kedit_core.plugins import discover
 from kedit_core.request import EditCase, EditRequest, Probe
 from kedit_core.spec import MetricSpec
 from kedit_core.testing.toys import toy_facts
-from tests.bench.asked import case, says, score
+from tests.bench.asked import case, says, score, text
 
 
 def read(probability: float, tokens: int = 1):
@@ -168,11 +168,28 @@ def test_ngram_entropy_by_hand(written, entropy):
 def test_fluency_reads_prompt_and_text_and_uses_generation_prompts_where_there_are():
     asked = case(Probe(kind="generation", prompt="a b"))
     metric = Fluency()
-    found = metric.score(asked, {}, says(metric, asked, {("a b",): " c d"}))
+    found = metric.score(asked, {}, says(metric, asked, {("a b",): text(" c d", range(20))}))
 
     assert found[""].value == pytest.approx(math.log2(3) / 3 + 2 / 3)
     assert found["distinct_2"].value == 1
     assert [q.prompt for q in metric.questions(case())] == ["The Tower is in"]
+
+
+def test_fluency_does_not_count_texts_that_are_mostly_prompt():
+    asked = case(*(Probe(kind="generation", prompt=prompt) for prompt in ("a b", "a a a a")))
+    metric = Fluency()
+    short = {("a b",): text(" c d", range(20)), ("a a a a",): text(" a", range(19))}
+    found = metric.score(asked, {}, says(metric, asked, short))
+
+    assert (found[""].probes, found["repetition"].value) == (1, 0)
+    assert metric.score(case(), {}, says(metric, case(), {("The Tower is in",): " Rome"})) == {}
+
+
+def test_repetition_looks_at_three_words_before():
+    asked, metric = case(Probe(kind="generation", prompt="a b c")), Fluency()
+    after = says(metric, asked, {("a b c",): text(" a d e f d", range(20))})
+
+    assert metric.score(asked, {}, after)["repetition"].value == 2 / 8
 
 
 def test_naturalness_is_the_mean_over_what_the_unedited_model_reads():

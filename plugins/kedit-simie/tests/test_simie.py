@@ -42,11 +42,26 @@ def test_steps_add_up_to_least_squares_over_all_edits(ridge):
         assert float((weight - expected).norm()) < 1e-5 * float(expected.norm())
 
 
-def test_system_that_rounding_made_indefinite_is_refused():
-    key = draw(D_IN, 1, seed=0)
-    right = 1.01 * (key / key.norm()).mT  # of a step that took all of I/λ away, and a little more
-    with pytest.raises(EditError, match="`ridge` 1 is too small"):
-        recursion(draw(D_OUT, 1, seed=1), 1e3 * key, [right], 1.0)
+@pytest.mark.parametrize("length", [10.0, 250.0, 2e3, 1e5])
+def test_sequence_with_a_long_key_is_right_or_refused(length):
+    """The first token's key is often long, and the same in every edit."""
+    original, sink = draw(D_OUT, D_IN, seed=0), draw(D_IN, 1, seed=1)
+    weight, rights = original, []
+    moment, wanted = torch.eye(D_IN, dtype=torch.float64), original
+    for t in range(4):
+        keys = torch.cat([length * sink / sink.norm(), draw(D_IN, 3, seed=10 + t)], dim=1)
+        edited = original + draw(D_OUT, D_IN, seed=20 + t)
+        if length > 1e3:
+            with pytest.raises(EditError, match="`ridge` 1 is too small"):
+                recursion((edited - weight) @ keys, keys, rights, 1.0)
+            return
+        left, right = recursion((edited - weight) @ keys, keys, rights, 1.0)
+        weight = weight + left.double() @ right.double()
+        rights.append(right)
+        moment, wanted = moment + keys @ keys.mT, wanted + edited @ keys @ keys.mT
+
+    change = torch.linalg.solve(moment, wanted.mT).mT - original
+    assert float((weight - original - change).norm()) < 1e-3 * float(change.norm())
 
 
 def requests(count: int) -> list[EditRequest]:
@@ -95,10 +110,10 @@ def test_light_ridge_makes_the_model_do_what_the_base_did(toy, toy_host):
     with session.trial("rome", request, preset="toy", hparams=ROME) as outcome:
         wanted = outcome.patches[0].deltas[0].dense().double() @ keys
 
-    (patch,) = edit(session, [request], ridge=1e-4)
+    (patch,) = edit(session, [request], ridge=1e-3)
 
     found = patch.deltas[0].dense().double() @ keys
-    assert float((found - wanted).norm()) < 1e-2 * float(wanted.norm())
+    assert float((found - wanted).norm()) < 2e-2 * float(wanted.norm())
     assert patch.deltas[0].rank == keys.shape[1]
     assert not patch.state
 

@@ -118,7 +118,7 @@ def recursion(
         left (d_out, T) and right Qᵀ (T, d_in), float32.
 
     Raises:
-        EditError: rounding makes the system lose its definiteness.
+        EditError: λ is so small that the factors in float32 would lose what other keys need.
     """
     k = keys.double()
     y = k / ridge
@@ -128,7 +128,9 @@ def recursion(
     gram = k.mT @ y
     gram = (gram + gram.mT) / 2 + torch.eye(len(gram), dtype=k.dtype, device=k.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed):
+    # Q of a long key takes nearly all of I/λ away, and its rounding is all that is left of it.
+    lost = torch.finfo(torch.float32).eps * float(k.square().sum(dim=0).max()) / ridge
+    if bool(failed) or lost > 1e-2:
         raise EditError(
             f"`ridge` {ridge:g} is too small beside what the matrix reads (norm "
             f"{float(k.norm()):.1e}) to go on in float32. Raise it."

@@ -203,7 +203,7 @@ class Changes:
         if matrix.dtype != wide and name not in self._sums:
             self._sums[name] = self._snapshots[name].to(wide)
         summed = delta.site.view(self._sums[name]) if name in self._sums else matrix
-        total = summed + delta.dense().to(matrix.device, wide)
+        total = summed + delta.to(matrix.device).dense().to(wide)
         changed = total.to(matrix.dtype)
         if not bool(torch.isfinite(changed).all()):
             raise EditError(
@@ -214,6 +214,12 @@ class Changes:
             summed.copy_(total)
             matrix.copy_(changed)
 
+    def summed(self, site: Site) -> Tensor:
+        """A copy of a parameter as it is before the cast to its type, in float32 or wider."""
+        parameter = self.host.parameter(site).detach()
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return self._sums.get(self._name(site), parameter).to(wide, copy=True)
+
     def _name(self, site: Site) -> str:
         """Name under which the original is kept: a tied weight has several, one is enough."""
         stored = self.host.stored(site)
@@ -222,7 +228,11 @@ class Changes:
 
     def _overlay_hook(self, delta: WeightDelta) -> Any:
         def add_product(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output if self.is_suspended else output + delta.product(args[0])
+            nonlocal delta
+            if self.is_suspended:
+                return output
+            delta = delta.to(output.device)  # once: it stays there
+            return output + delta.product(args[0].to(output.device))
 
         return add_product
 

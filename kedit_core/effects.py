@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -49,6 +49,11 @@ class WeightDelta:
     def rank(self) -> int | None:
         """Inner dimension of the factors; None for a dense change."""
         return None if self.right is None else self.left.shape[1]
+
+    def to(self, device: torch.device) -> WeightDelta:
+        """The same change with its factors on a device."""
+        right = None if self.right is None else self.right.to(device)
+        return replace(self, left=self.left.to(device), right=right)
 
     def dense(self) -> Tensor:
         """The change as a float32 matrix (d_out, d_in)."""

@@ -71,8 +71,11 @@ def _export_folder(folder: Path) -> Iterator[Path]:
 
 
 def _folded(session: EditSession) -> dict[str, Tensor]:
-    """Copies of the parameters that overlays and wrapped modules change, with the change."""
-    folded: dict[str, Tensor] = {}
+    """Copies of the parameters that overlays and wrapped modules change, with the change.
+
+    All changes are added in float32 or wider and cast once, as `EditSession` does in place.
+    """
+    sums: dict[str, Tensor] = {}
     for number, patch in enumerate(session.stack):
         for effect in patch.effects:
             if isinstance(effect, CallEffect):
@@ -87,8 +90,12 @@ def _folded(session: EditSession) -> dict[str, Tensor]:
             else:
                 continue
             _refuse_shared(session.host, number, patch, delta.site)
-            _add(session.host, folded, delta)
-    return folded
+            name = delta.site.parameter
+            if name not in sums:
+                sums[name] = session._changes.summed(delta.site)
+            matrix = delta.site.view(sums[name])
+            matrix += delta.to(matrix.device).dense()
+    return {name: _cast(session.host, name, total) for name, total in sums.items()}
 
 
 def _as_delta(session: EditSession, number: int, patch: Patch, swap: ModuleSwap) -> WeightDelta:
@@ -119,19 +126,14 @@ def _check_fold(swap: ModuleSwap, delta: WeightDelta, expected: tuple[int, ...])
         )
 
 
-def _add(host: ModelHost, folded: dict[str, Tensor], delta: WeightDelta) -> None:
-    """As `EditSession` adds in place: in float32 or wider, then cast to the weight's type."""
-    name = delta.site.parameter
-    if name not in folded:
-        folded[name] = host.parameter(delta.site).detach().clone()
-    matrix = delta.site.view(folded[name])
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    matrix.copy_(matrix.to(wide) + delta.dense().to(matrix.device, wide))
-    if not bool(torch.isfinite(matrix).all()):
+def _cast(host: ModelHost, name: str, total: Tensor) -> Tensor:
+    stored = total.to(host.stored(Site(name)).dtype)
+    if not bool(torch.isfinite(stored).all()):
         raise PatchError(
-            f"With its edits {name} would overflow {matrix.dtype}. Load the model as float32 or "
+            f"With its edits {name} would overflow {stored.dtype}. Load the model as float32 or "
             f"bfloat16."
         )
+    return stored
 
 
 def _state(model: PreTrainedModel, folded: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class EditJob:
         weight = self.host.weight(site)
         for delta in self.overlays():
             if delta.site == site:
-                weight = weight + delta.dense().to(weight.device)
+                weight = weight + delta.to(weight.device).dense()
         return weight
 
     def generator(self) -> torch.Generator:

@@ -31,6 +31,14 @@ def test_factors_and_the_dense_matrix_are_the_same_change():
     torch.testing.assert_close(dense.product(inputs), inputs @ (left @ right).T)
 
 
+def test_factors_move_to_a_device_together():
+    for right in (None, randn(2, 6)):
+        moved = WeightDelta(SITE, randn(4, 2), right).to(torch.device("meta"))
+        assert {t.device.type for t in moved.tensors.values()} == {"meta"}
+        assert moved.site is SITE
+        assert (moved.right is None) == (right is None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_product_is_computed_wide_and_comes_in_the_inputs_type(dtype):
     delta = WeightDelta(SITE, randn(4, 2).to(dtype), randn(2, 6).to(dtype))

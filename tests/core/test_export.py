@@ -144,6 +144,22 @@ def test_a_folded_overlay_equals_the_edit_in_place(toy_host, tmp_path, toy, dtyp
     assert same(bits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), in_place)
 
 
+@pytest.mark.parametrize("first", ["in place", "beside"])
+def test_folded_changes_below_the_precision_of_the_weights_add_up(toy_host, tmp_path, first):
+    host = toy_host("llama", torch.bfloat16)
+    site, session = host.mlp_out(1), EditSession(host)
+    original = host.weight(site).float()
+    tiny = original.abs().mean() * torch.finfo(torch.bfloat16).eps / 8
+    step = Patch("by-hand", (WeightDelta(site, torch.full(tuple(original.shape), float(tiny))),))
+    for number in range(32):
+        session.apply(step, overlay=first == "beside" or number >= 16)
+
+    export_hf(session, tmp_path / "model")
+
+    found = load_file(tmp_path / "model/model.safetensors")[site.parameter].float()
+    assert float((found - original).mean()) == pytest.approx(float(32 * tiny), rel=0.05)
+
+
 def test_an_edit_in_place_of_tied_weights_reaches_both_names(toy_host, tmp_path):
     session = EditSession(toy_host("gpt2"))
     session.apply(

@@ -97,7 +97,7 @@ def _case(references: References, added: Sequence[str], row: Row) -> EditCase:
         meta={
             "subject": rewrite.text("subject"),
             "relation_id": relation,
-            "pararel_idx": row.value.get("pararel_idx"),
+            "pararel_idx": row.number("pararel_idx") if "pararel_idx" in row else None,
             **({"references": texts} if texts else {}),
         },
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from kedit_core.stack import (
     STACK,
     SavedStack,
     append_saved,
+    count_saved,
     read_stack,
     refuse_removal,
     write_stack,
@@ -192,6 +193,7 @@ class EditSession:
         *,
         batch: int = 1,
         folder: Path | None = None,
+        force: bool = False,
         **options: Any,
     ) -> Iterator[EditOutcome]:
         """Edit one batch after the other, as the requests come.
@@ -204,10 +206,13 @@ class EditSession:
             requests: as many as there are; asked for when they are needed.
             batch: so many at a time.
             folder: new, or what an earlier call wrote; then this session must be unedited.
+            force: load the folder also onto other weights, as `load` does.
             options: as for `edit`.
 
         Raises:
             RequestError: the folder holds other requests than these.
+            SettingError: the folder's edits were made with other settings or another seed.
+            EditError: the folder and this session do not hold the same edits.
             KEditError: as `edit` and `load`; the batches before are in force.
         """
         spec = self.catalog.method(method) if isinstance(method, str) else method
@@ -215,22 +220,49 @@ class EditSession:
         if folder is not None and (folder / STACK).is_file():
             if self.is_edited:
                 raise EditError(f"{folder} holds edits, and so does this session; roll it back.")
-            self.load(folder)
-            mine = takewhile(lambda patch: patch.method == spec.name, reversed(self.stack))
-            done = [request for patch in reversed(list(mine)) for request in patch.requests]
-            if list(islice(coming, len(done))) != done:
+            saved = read_stack(folder)
+            done = saved.latest_by(spec.name)
+            written = [request for patch in done for request in patch.requests]
+            if list(islice(coming, len(written))) != written:
                 raise RequestError(
-                    f"{folder} holds {len(done)} edits by {spec.name}, and they are not the first "
-                    f"of these requests. Choose another folder."
+                    f"{folder} holds {len(written)} edits by {spec.name}, and they are not the "
+                    f"first of these requests. Choose another folder."
                 )
+            self._check_same_settings(spec, done, folder, options)
+            self.load(saved, force=force)
         elif folder is not None:
             self.save(folder)
         while wanted := list(islice(coming, batch)):
-            mark = self.savepoint()
+            if folder is not None and (there := count_saved(folder)) != len(self.stack):
+                raise EditError(
+                    f"{folder} holds {there} patches and this session {len(self.stack)}, so that "
+                    f"the next one would not fit on those of the folder. Save to another folder."
+                )
+            depth = len(self.stack)
             outcome = self.edit(spec, wanted, **options)
-            for index in range(mark.depth, len(self.stack) if folder else 0):
+            for index in range(depth, len(self.stack) if folder else 0):
                 append_saved(cast(Path, folder), self.stack[index], self.is_overlay(index))
             yield outcome
+
+    def _check_same_settings(
+        self,
+        spec: MethodSpec,
+        done: Sequence[Patch],
+        folder: Path,
+        options: Mapping[str, Any],
+    ) -> None:
+        given = (options.get(name) for name in ("preset", "file", "hparams"))
+        wanted = self._resolve(spec, *given)[1].hparams.model_dump(mode="json")
+        seed = options.get("seed")
+        wanted["seed of the run"] = self.seed if seed is None else seed
+        for patch in done:
+            made = {**patch.hparams, "seed of the run": patch.seed}
+            others = [n for n in wanted | made if wanted.get(n) != made.get(n)]
+            if others:
+                raise SettingError(
+                    f"{folder} holds edits by {spec.name} with another {' and '.join(others)} than "
+                    f"this call asks for. Give the same, or choose another folder."
+                )
 
     def _check_model(self, spec: MethodSpec) -> None:
         if "causal-model" in spec.needs and self.host.is_encoder_decoder:
@@ -427,11 +459,13 @@ class EditSession:
         entries = tuple((applied.patch, applied.overlay) for applied in self._changes.stack)
         write_stack(folder, SavedStack(self.host.name, self.fingerprint, entries))
 
-    def load(self, folder: Path, *, force: bool = False, overlay: bool | None = None) -> None:
+    def load(
+        self, edits: Path | SavedStack, *, force: bool = False, overlay: bool | None = None
+    ) -> None:
         """Put saved edits in force: all of them or none.
 
         Args:
-            folder: what `save` wrote, or a single patch.
+            edits: folder that `save` wrote, or of a single patch; or what `read_stack` read there.
             force: also onto weights other than those that the patches were computed on.  Those
                 are told by a checksum where a matrix is first touched; what the saved edits
                 themselves make of it is the same on every machine but for rounding.
@@ -441,7 +475,7 @@ class EditSession:
             PatchError: malformed, or made for other weights; nothing has changed.
         """
         self._refuse_if_suspended()
-        saved = read_stack(folder)
+        saved = edits if isinstance(edits, SavedStack) else read_stack(edits)
         mark = self.savepoint()
         touched: set[Tensor] = set()  # the saved edits themselves have changed them
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
@@ -31,6 +32,11 @@ class SavedStack:
     fingerprint: str
     entries: tuple[tuple[Patch, bool], ...]
 
+    def latest_by(self, method: str) -> list[Patch]:
+        """The patches at the end that one method made, oldest first."""
+        found = takewhile(lambda entry: entry[0].method == method, reversed(self.entries))
+        return [patch for patch, _ in found][::-1]
+
 
 def write_stack(folder: Path, saved: SavedStack) -> None:
     """Write the edits, whole or not at all; an earlier save in the folder is replaced.
@@ -39,9 +45,7 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
         PatchError: the folder holds something else, or the disk refuses.
     """
     folder = Path(folder)
-    is_ours = (folder / STACK).is_file() or (folder.is_dir() and not any(folder.iterdir()))
-    if folder.exists() and not is_ours:
-        raise PatchError(f"{folder} holds something else. Choose another folder.")
+    check_replaceable(folder)
     try:
         with new_folder(folder, replace=True) as temporary:
             entries = []
@@ -54,6 +58,17 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
             write_json(temporary / STACK, head | {"patches": entries})
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: notes that are no JSON
         raise PatchError(f"The edits cannot be saved in {folder}: {error}.") from None
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder in which nothing may be saved.
+
+    Raises:
+        PatchError: it holds something else.
+    """
+    is_ours = (folder / STACK).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
+        raise PatchError(f"{folder} holds something else. Choose another folder.")
 
 
 def read_stack(folder: Path) -> SavedStack:
@@ -76,6 +91,18 @@ def read_stack(folder: Path) -> SavedStack:
         raise PatchError(f"{folder / STACK} is malformed: {error!r}.") from None
     entries = tuple((Patch.load(_inside(folder, name)), overlay) for name, overlay in listed)
     return SavedStack(model, fingerprint, entries)
+
+
+def count_saved(folder: Path) -> int:
+    """How many patches a saved session has.
+
+    Raises:
+        PatchError: malformed.
+    """
+    data = read_manifest(folder / STACK)
+    if not isinstance(data.get("patches"), list):
+        raise PatchError(f"{folder / STACK} is malformed: its patches are no list.")
+    return len(data["patches"])
 
 
 def append_saved(folder: Path, patch: Patch, overlay: bool) -> None:

@@ -26,7 +26,14 @@ from kedit_core.editing import (
     WeightDelta,
     Wrapper,
 )
-from kedit_core.errors import EditError, PatchError, RequestError, SiteError, UnknownNameError
+from kedit_core.errors import (
+    EditError,
+    PatchError,
+    RequestError,
+    SettingError,
+    SiteError,
+    UnknownNameError,
+)
 from kedit_core.plugins import discover
 from kedit_core.stack import read_stack
 from kedit_core.testing.effects import Shift
@@ -1175,6 +1182,49 @@ def test_call_effects_of_one_type_are_one_whatever_lies_between_them(session):
     assert session.view().worded(["x"]) == ["A. 2 x"]
     session.pop()
     assert session.view().worded(["x"]) == ["A. 1 x"]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"hparams": {**FT, "lr": 1e-3}}, "another lr than"), ({"seed": 1}, "another seed")],
+)
+def test_a_stream_does_not_go_on_with_other_settings(toy_host, tmp_path, other, named):
+    folder, session = tmp_path / "edits", EditSession(toy_host("llama"))
+    list(session.stream("ft-m", [fact(0)], hparams=FT, folder=folder))
+    session.rollback()
+
+    with pytest.raises(SettingError, match=named):
+        next(session.stream("ft-m", [fact(0), fact(1)], folder=folder, **{"hparams": FT, **other}))
+
+    assert not session.is_edited
+    assert len(read_stack(folder).entries) == 1
+
+
+def test_a_stream_stops_where_its_session_was_rolled_back(toy_host, tmp_path):
+    folder, session = tmp_path / "edits", EditSession(toy_host("llama"))
+    stream = session.stream("ft-m", [fact(n) for n in range(3)], hparams=FT, folder=folder)
+    next(stream)
+    next(stream)
+    session.pop()
+
+    with pytest.raises(EditError, match="2 patches and this session 1"):
+        next(stream)
+
+    session.rollback()
+    session.load(folder)
+    assert len(session.stack) == 2
+
+
+def test_a_stream_goes_on_with_other_weights_when_forced(toy_host, tmp_path):
+    folder, facts = tmp_path / "edits", [fact(0), fact(1)]
+    list(EditSession(toy_host("llama")).stream("ft-m", facts[:1], hparams=FT, folder=folder))
+    other = EditSession(toy_host("llama", torch.bfloat16))
+
+    with pytest.raises(PatchError, match="other weights"):
+        next(other.stream("ft-m", facts, hparams=FT, folder=folder))
+    next(other.stream("ft-m", facts, hparams=FT, folder=folder, force=True))
+
+    assert len(other.stack) == 2
 
 
 def test_what_the_model_alone_does_not_show_is_named(session):

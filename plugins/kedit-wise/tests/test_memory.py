@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kedit_wise.memory import Indicator, Shard, SideMemory, memories, pack_mask, unpack_mask
+from kedit_wise.memory import Indicator, Memories, Shard, SideMemory, pack_mask, unpack_mask
 from torch import nn
 from torch.nn.functional import silu
 
@@ -214,12 +214,12 @@ def test_reading_changes_nothing_that_is_stored():
     """The authors' code merges, and keeps what it merged, whenever the model is asked."""
     shards = [swap(entry(n, 2, 4.0), shard=n, retrieve=False) for n in range(3)]
     wrapper = memory(*shards)
-    before, state = wrapper.changes.clone(), [s.state["values"].clone() for s in shards]
+    before, state = wrapper.changes[0].clone(), [s.state["values"].clone() for s in shards]
     for _ in range(5):
         read(wrapper, [[2, 2]], ends=[1])
-    assert torch.equal(wrapper.changes, before)
+    assert torch.equal(wrapper.changes[0], before)
     assert all(torch.equal(s.state["values"], old) for s, old in zip(shards, state, strict=True))
-    assert torch.equal(memory(*shards).changes, before)
+    assert torch.equal(memory(*shards).changes[0], before)
 
 
 # -- edits to memories ---------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_shard_is_the_sum_of_its_edits_inside_its_mask():
     changes = [torch.randn(D_OUT, D_IN, generator=g) * mask for _ in range(3)]
     shard = Shard.of(linear().weight, [swap(change, mask) for change in changes])
     torch.testing.assert_close(shard.change, sum(changes))
-    assert torch.equal(shard.mask, mask)
+    assert (shard.change[~mask] == 0).all()
 
 
 def test_sum_without_an_edit_keeps_to_the_bound():
@@ -243,21 +243,21 @@ def test_sum_without_an_edit_keeps_to_the_bound():
 
 def test_least_stirring_edit_sets_the_threshold_and_leaves_it_when_taken_back():
     swaps = [swap(entry(0, 0, 1.0), stirred=s) for s in (4.0, 2.0, 6.0)]
-    (found,) = memories(linear().weight, swaps)
+    (found,) = Memories(linear().weight, swaps).found
     assert found.threshold == 1.0
-    (found,) = memories(linear().weight, [swaps[0], swaps[2]])
+    (found,) = Memories(linear().weight, [swaps[0], swaps[2]]).found
     assert found.threshold == 2.0
 
 
 def test_full_groups_are_merged_and_others_stand_alone():
     first, second, third = (entry(n, n, 1.0 + n) for n in range(3))
     swaps = [swap(first), swap(first), swap(second, shard=1, stirred=8.0)]
-    assert len(memories(linear().weight, swaps)) == 2  # the second shard has room
+    assert len(Memories(linear().weight, swaps).found) == 2  # the second shard has room
     swaps.append(swap(second, shard=1, stirred=8.0))
-    (merged,) = memories(linear().weight, swaps)
+    (merged,) = Memories(linear().weight, swaps).found
     torch.testing.assert_close(merged.change, 2 * first + 2 * second)  # TIES: both whole
     assert merged.threshold == 1.0
-    found = memories(linear().weight, [*swaps, swap(third, shard=2, stirred=6.0)])
+    found = Memories(linear().weight, [*swaps, swap(third, shard=2, stirred=6.0)]).found
     assert [m.threshold for m in found] == [1.0, 3.0]
     torch.testing.assert_close(found[1].change, third)
 
@@ -265,9 +265,58 @@ def test_full_groups_are_merged_and_others_stand_alone():
 def test_one_memory_accumulates_with_its_weights():
     shared = [entry(0, 0, value) for value in (1.0, 3.0, 10.0)]
     swaps = [swap(c, shard=n, retrieve=False) for n, c in enumerate(shared)]
-    (found,) = memories(linear().weight, swaps)
+    (found,) = Memories(linear().weight, swaps).found
     # The first two: 2. Then 0.6 of it and 0.4 of the newest.
     assert float(found.change[0, 0]) == pytest.approx(0.6 * 2 + 0.4 * 10)
+
+
+def random_swaps(count: int, **config: object) -> list[ModuleSwap]:
+    """Two edits in each shard, two shards in each group."""
+    g = torch.Generator().manual_seed(0)
+    changes = [torch.randn(D_OUT, D_IN, generator=g) for _ in range(count)]
+    return [
+        swap(c, shard=n // 2, stirred=1.0 + n, density=0.6, max_change=1.0, **config)
+        for n, c in enumerate(changes)
+    ]
+
+
+@pytest.mark.parametrize("config", [{}, {"retrieve": False}, {"kept": 0.9}])
+def test_memories_that_grow_and_shrink_are_those_that_are_made_at_once(config):
+    swaps = random_swaps(11, **config)
+    stacks = [swaps[:n] for n in range(1, 12)]  # one after the other
+    stacks += [swaps[:4] + swaps[5:], swaps[1:], swaps[:3], swaps]  # some go, some come back
+    wrapper, base = memory(swaps[0]), linear()
+    for stack in stacks:
+        wrapper, fresh = wrapper.rebuilt(base, stack), SideMemory.build(base, stack)
+        assert torch.equal(wrapper.thresholds, fresh.thresholds)
+        assert all(torch.equal(a, b) for a, b in zip(wrapper.changes, fresh.changes, strict=True))
+
+
+def test_memories_that_depend_on_the_weight_follow_it():
+    swaps, base = random_swaps(3, kept=0.9), linear()
+    wrapper = SideMemory.build(base, swaps[:2])
+    nn.init.constant_(base.weight, 4.0)
+    after = wrapper.rebuilt(base, swaps)
+    assert torch.equal(after.changes[0], SideMemory.build(base, swaps).changes[0])
+
+
+def test_an_edit_makes_only_the_shard_that_it_is_in(monkeypatch):
+    swaps, made = random_swaps(23), list[int]()
+    whole = Shard.of
+    monkeypatch.setattr(
+        Shard,
+        "of",
+        lambda weight, swaps, begun=None: (
+            made.append(len(swaps) - (begun.count if begun else 0)) or whole(weight, swaps, begun)
+        ),
+    )
+    wrapper, base = memory(*swaps[:21]), linear()
+    made.clear()
+    wrapper = wrapper.rebuilt(base, swaps[:22])
+    assert made == [1]  # the shard's other edit is in the sum already
+    after = wrapper.rebuilt(base, swaps)
+    assert made == [1, 1]
+    assert after.changes[0] is wrapper.changes[0]  # nor is a group merged again
 
 
 def test_decay_outside_the_mask_is_one_number():

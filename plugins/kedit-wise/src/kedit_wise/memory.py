@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, cast
 
 import torch
@@ -68,43 +69,55 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
+Ids = tuple[int, ...]
+
+
+def ids(swaps: Sequence[ModuleSwap]) -> Ids:
+    """What tells these edits, as long as they live, from all others."""
+    return tuple(map(id, swaps))
+
+
+def mask_of(swap: ModuleSwap, weight: Tensor) -> Tensor:
+    """(d_out, d_in) True where the edits of the same shard may change the weight."""
+    return unpack_mask(swap.state["mask"].to(weight.device), (weight.shape[0], weight.shape[1]))
+
+
 @dataclass(frozen=True)
 class Shard:
-    """The edits that share one mask.
+    """What the edits that share one mask amount to.
 
     Attributes:
-        mask: (d_out, d_in) True where they may change the matrix.
         change: W' − W, (d_out, d_in), float32.
+        total: sum of the edits' own changes where the mask is True, not yet bounded.
         kept: the share of W that is left in W' outside the mask; 1 unless decay reaches there.
-        stirred: how much each edit's prompts stirred the memory when it was made.
+        count: of the edits.
     """
 
-    mask: Tensor
     change: Tensor
+    total: Tensor
     kept: float
-    stirred: tuple[float, ...]
+    count: int
 
     @classmethod
-    def of(cls, weight: Tensor, swaps: Sequence[ModuleSwap]) -> Shard:
+    def of(cls, weight: Tensor, swaps: Sequence[ModuleSwap], begun: Shard | None = None) -> Shard:
         """The sum of the edits' own changes.
 
         Args:
             weight: W, (d_out, d_in).
             swaps: of one shard; at least one.
+            begun: what the first of them amount to, where it is known.
         """
-        device, shape = weight.device, (weight.shape[0], weight.shape[1])
-        mask = unpack_mask(swaps[0].state["mask"].to(device), shape)
-        values = torch.zeros_like(swaps[0].state["values"], device=device)
-        kept = 1.0
-        for swap in swaps:
-            values = values + swap.state["values"].to(device)
+        begun = begun or cls(weight, torch.zeros((), device=weight.device), 1.0, 0)
+        total, kept = begun.total, begun.kept
+        for swap in swaps[begun.count :]:
+            total = total + swap.state["values"].to(weight.device)
             kept *= float(swap.config["kept"])
         bound = float(swaps[-1].config["max_change"])
-        change = torch.zeros(shape, device=device)
+        change = torch.zeros(weight.shape, device=weight.device)
         if kept != 1:
             change = weight.float() * (kept - 1)
-        change[mask] = values.clamp(-bound, bound)
-        return cls(mask, change, kept, tuple(float(s.config["stirred"]) for s in swaps))
+        change[mask_of(swaps[0], weight)] = total.clamp(-bound, bound)
+        return cls(change, total, kept, len(swaps))
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,11 @@ class Memory:
     change: Tensor
     threshold: float
 
+    @classmethod
+    def of(cls, change: Tensor, swaps: Iterable[ModuleSwap], settings: Mapping[str, Any]) -> Memory:
+        least = min(float(swap.config["stirred"]) for swap in swaps)
+        return cls(change, least * float(settings["threshold_ratio"]))
+
 
 def numbered(swaps: Sequence[ModuleSwap]) -> dict[int, list[ModuleSwap]]:
     """The edits of each shard, oldest shard first."""
@@ -128,67 +146,106 @@ def numbered(swaps: Sequence[ModuleSwap]) -> dict[int, list[ModuleSwap]]:
     return shards
 
 
-def memories(weight: Tensor, swaps: Sequence[ModuleSwap]) -> list[Memory]:
+class Memories:
     """What edits amount to: their shards, merged where enough of them are there.
 
     Nothing of a shard is changed by merging, so another edit, or one fewer, only means to do it
-    again.
+    again, and only where that edit belongs.
 
     Args:
         weight: W, (d_out, d_in).
         swaps: edits in their order.
+        former: what others amounted to, of which some may be the same.
+
+    Attributes:
+        found: the memories.
+        shards: those that are not merged side by side, by their edits.
     """
-    apart = [[s for s in swaps if s.config["retrieve"] is way] for way in (True, False)]
-    retrieved, accumulated = (numbered(part) for part in apart)
-    found = _side_by_side(weight, retrieved) if retrieved else []
-    return [*found, _all_in_one(weight, accumulated)] if accumulated else found
 
+    def __init__(
+        self, weight: Tensor, swaps: Sequence[ModuleSwap], former: Memories | None = None
+    ) -> None:
+        self.swaps = tuple(swaps)  # kept alive, so that their ids stay theirs
+        self.found: list[Memory] = []
+        self.shards: dict[Ids, Shard] = {}
+        self._merged: dict[tuple[object, ...], Tensor] = {}
+        # With decay everywhere a change depends on W, which other methods may have edited since.
+        is_same = former is not None and all(swap.config["kept"] == 1 for swap in swaps)
+        known = former if former is not None and is_same else self
+        apart = [[s for s in swaps if s.config["retrieve"] is way] for way in (True, False)]
+        retrieved, accumulated = (numbered(part) for part in apart)
+        if retrieved:
+            self._side_by_side(weight, retrieved, known)
+        if accumulated:
+            self._all_in_one(weight, accumulated, known)
 
-def _side_by_side(weight: Tensor, shards: Mapping[int, Sequence[ModuleSwap]]) -> list[Memory]:
-    """Full groups of shards merged, the others as they are."""
-    settings = shards[max(shards)][-1].config
-    size, found = int(settings["shards_per_memory"]), []
-    for group in range(max(shards) // size + 1):
-        numbers = [n for n in shards if n // size == group]
-        last = (group + 1) * size - 1
-        is_full = max(shards) > last or len(shards.get(last, ())) >= settings["edits_per_shard"]
-        parts = [Shard.of(weight, shards[n]) for n in numbers]
-        if is_full and len(parts) > 1:
-            change = _merged([part.change for part in parts], [1.0] * len(parts), settings)
-            found.append(_memory(change, parts, settings))
-        else:
-            found += [_memory(part.change, [part], settings) for part in parts]
-    return found
+    def _side_by_side(
+        self, weight: Tensor, shards: Mapping[int, Sequence[ModuleSwap]], known: Memories
+    ) -> None:
+        """Full groups of shards merged, the others as they are."""
+        latest = max(shards)
+        settings = shards[latest][-1].config
+        size = int(settings["shards_per_memory"])
+        for group, numbers in groupby(shards, lambda number: number // size):
+            parts = [shards[number] for number in numbers]
+            last = (group + 1) * size - 1
+            is_full = latest > last or len(shards.get(last, ())) >= settings["edits_per_shard"]
+            if is_full and len(parts) > 1:
+                change = self._group(weight, parts, settings, known)
+                self.found.append(Memory.of(change, chain(*parts), settings))
+                continue
+            for part in parts:
+                shard = self.shards[ids(part)] = known._shard(weight, part)
+                self.found.append(Memory.of(shard.change, part, settings))
 
+    def _all_in_one(
+        self, weight: Tensor, shards: Mapping[int, Sequence[ModuleSwap]], known: Memories
+    ) -> None:
+        """All shards in one memory: group after group is merged into what there is."""
+        settings = shards[max(shards)][-1].config
+        size = int(settings["shards_per_memory"])
+        change: Tensor | None = None
+        for _, numbers in groupby(shards, lambda number: number // size):
+            new: list[Tensor] = []
+            for part in (shards[number] for number in numbers):
+                self.shards[ids(part)] = known._shard(weight, part)
+                new.append(self.shards[ids(part)].change)
+            if change is None:
+                change = _mixed(new, [1.0] * len(new), settings)
+            else:
+                weights = [ACCUMULATED, *[(1 - ACCUMULATED) / len(new)] * len(new)]
+                change = _mixed([change, *new], weights, settings)
+        assert change is not None
+        self.found.append(Memory.of(change, chain(*shards.values()), settings))
 
-def _all_in_one(weight: Tensor, shards: Mapping[int, Sequence[ModuleSwap]]) -> Memory:
-    """All shards in one memory: group after group is merged into what there is."""
-    settings = shards[max(shards)][-1].config
-    size = int(settings["shards_per_memory"])
-    parts = {n: Shard.of(weight, shards[n]) for n in shards}
-    change: Tensor | None = None
-    for group in sorted({n // size for n in shards}):
-        new = [parts[n].change for n in shards if n // size == group]
+    def _shard(self, weight: Tensor, swaps: Sequence[ModuleSwap]) -> Shard:
+        """The shard of these edits, from what is there of it."""
+        key = ids(swaps)
+        return self.shards.get(key) or Shard.of(weight, swaps, self.shards.get(key[:-1]))
+
+    def _group(
+        self,
+        weight: Tensor,
+        parts: Sequence[Sequence[ModuleSwap]],
+        settings: Mapping[str, Any],
+        known: Memories,
+    ) -> Tensor:
+        """The change of a full group, of which the shards are not kept."""
+        key = (settings["merge"], settings["density"], *map(ids, parts))
+        change = known._merged.get(key)
         if change is None:
-            change = _merged(new, [1.0] * len(new), settings)
-        else:
-            weights = [ACCUMULATED, *[(1 - ACCUMULATED) / len(new)] * len(new)]
-            change = _merged([change, *new], weights, settings)
-    assert change is not None
-    return _memory(change, list(parts.values()), settings)
+            changes = [known._shard(weight, part).change for part in parts]
+            change = _mixed(changes, [1.0] * len(changes), settings)
+        self._merged[key] = change
+        return change
 
 
-def _merged(
+def _mixed(
     changes: Sequence[Tensor], weights: Sequence[float], settings: Mapping[str, Any]
 ) -> Tensor:
     if len(changes) == 1:
         return changes[0]
     return merged(changes, weights, str(settings["merge"]), float(settings["density"]))
-
-
-def _memory(change: Tensor, parts: Sequence[Shard], settings: Mapping[str, Any]) -> Memory:
-    least = min(stirred for part in parts for stirred in part.stirred)
-    return Memory(change, least * float(settings["threshold_ratio"]))
 
 
 class SideMemory(Wrapper):
@@ -198,41 +255,45 @@ class SideMemory(Wrapper):
     for what is generated after it.  Config and state of one edit are made by `Wise`.
 
     Attributes:
-        swaps: the edits.
+        memories: what the edits amount to.
+        chosen: (rows,) number of each row's memory, or −1.
     """
 
-    changes: Tensor  # (memories, d_out, d_in)
     thresholds: Tensor  # (memories,)
 
     def __init__(
-        self,
-        base: nn.Module,
-        changes: Tensor,
-        thresholds: Tensor,
-        indicator: Indicator,
-        relative: bool = False,
+        self, base: nn.Module, memories: Memories, indicator: Indicator, relative: bool = False
     ) -> None:
         super().__init__(base)
-        self.register_buffer("changes", changes, persistent=False)
-        self.register_buffer("thresholds", thresholds, persistent=False)
+        self.memories = memories
+        self.changes = [memory.change for memory in memories.found]  # each (d_out, d_in)
+        thresholds = [memory.threshold for memory in memories.found]
+        device = self.changes[0].device
+        self.register_buffer("thresholds", torch.tensor(thresholds, device=device), False)
         self.indicator, self.relative = indicator, relative
-        self.swaps: tuple[ModuleSwap, ...] = ()
         self._stirred = torch.zeros(0, 0, len(thresholds))  # (rows, columns, memories)
-        self.chosen = torch.zeros(0, dtype=torch.long)  # (rows,) number of a memory, or −1
+        self.chosen = torch.zeros(0, dtype=torch.long)
 
     @classmethod
-    def build(cls, base: nn.Module, swaps: Sequence[ModuleSwap]) -> SideMemory:
+    def build(
+        cls, base: nn.Module, swaps: Sequence[ModuleSwap], former: Memories | None = None
+    ) -> SideMemory:
+        """The wrapper of all edits.
+
+        Raises:
+            PatchError: a setting is unknown.
+        """
         for swap in swaps:
             _check(swap)
         latest = swaps[-1].config
         weight = cast(Tensor, base.weight).detach()
-        found = memories(weight.mT if latest["transposed"] else weight, swaps)
-        thresholds = torch.tensor([memory.threshold for memory in found], device=weight.device)
-        changes = torch.stack([memory.change for memory in found])
-        indicator, relative = Indicator(str(latest["activation"])), latest["choice"] == "relative"
-        wrapper = cls(base, changes, thresholds, indicator, relative)
-        wrapper.swaps = tuple(swaps)
-        return wrapper
+        memories = Memories(weight.mT if latest["transposed"] else weight, swaps, former)
+        return cls(
+            base, memories, Indicator(str(latest["activation"])), latest["choice"] == "relative"
+        )
+
+    def rebuilt(self, base: nn.Module, swaps: Sequence[ModuleSwap]) -> SideMemory:
+        return self.build(base, swaps, self.memories)
 
     @classmethod
     def fold(cls, base: nn.Module, swap: ModuleSwap) -> tuple[Tensor, Tensor | None]:
@@ -250,7 +311,9 @@ class SideMemory(Wrapper):
         added = torch.zeros_like(outputs)
         for number in used:
             rows = self.chosen == number
-            added[rows] = (keys[rows].float() @ self.changes[number].mT).to(added.dtype)
+            added[rows] = (keys[rows].float() @ self.changes[number].to(keys.device).mT).to(
+                added.dtype
+            )
         return with_hidden(output, hidden + added.reshape(hidden.shape))
 
     @torch.no_grad()
@@ -274,7 +337,7 @@ class SideMemory(Wrapper):
             stirred[:, : before.shape[1]] = before
         read, written = keys[new].float(), outputs[new].float()
         stirred[:, reading.start :][new] = torch.stack(
-            [self.indicator(written, read @ change.mT) for change in self.changes], dim=1
+            [self.indicator(written, read @ c.to(read.device).mT) for c in self.changes], dim=1
         )
         self._stirred = stirred
         means = stirred.where(prompt[..., None], torch.nan).nanmean(dim=1)

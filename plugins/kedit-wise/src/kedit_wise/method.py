@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,16 @@ from kedit_core.numerics.tail import Tail
 from kedit_core.probing import hidden_of
 from kedit_core.tokens import Row, encode, join, pad
 from kedit_wise.hparams import WiseHyperParams
-from kedit_wise.memory import Indicator, Shard, SideMemory, numbered, pack_mask, row_means
+from kedit_wise.memory import (
+    Indicator,
+    Shard,
+    SideMemory,
+    ids,
+    mask_of,
+    numbered,
+    pack_mask,
+    row_means,
+)
 
 STARTS = (*OPENINGS, "Who", "What", "Which", "Where", "When", "How", "Why", "Whose")
 POOL = 64  # irrelevant texts of a model, from which edits take turns
@@ -48,7 +57,7 @@ class Wise:
         host, hparams = job.host, self.hparams
         site = _site(host, hparams)
         earlier = self._earlier(host, site)
-        number, shard = self._shard(job, host.weight(site), earlier)
+        number, mask, start = self._shard(job, site, earlier)
         texts = ("", *context_texts(job, hparams.contexts))
         rows = [join(host, text + request.text, request.target_new) for text in texts]
         strange = _irrelevant(job, hparams, len(job.earlier))
@@ -67,7 +76,7 @@ class Wise:
                 edited=_Stirred.of(host, site, [*prompts, *replayed[0]], indicator),
                 irrelevant=_Stirred.of(host, site, [*strange, *replayed[1]], indicator),
             )
-            change, kept, notes = self._train(host, site, shard, task)
+            change, kept, notes = self._train(host, site, mask, start, task)
         with torch.no_grad():
             stirred = task.edited(change)[: len(rows)].mean()
             strange_stirred = task.irrelevant(change).mean()
@@ -90,8 +99,8 @@ class Wise:
                 "density": hparams.density,
             },
             state={
-                "mask": pack_mask(shard.mask).cpu(),
-                "values": (change - shard.change)[shard.mask].cpu(),
+                "mask": pack_mask(mask).cpu(),
+                "values": (change - start)[mask].cpu(),
             },
         )
         return Patch("wise", (swap,), notes=notes | {"irrelevant_stirred": float(strange_stirred)})
@@ -99,7 +108,7 @@ class Wise:
     def _earlier(self, host: ModelHost, site: Site) -> list[ModuleSwap]:
         """The edits with which a new one will share its wrapper, and may share a memory."""
         module = host.module(site.module)
-        swaps = module.swaps if isinstance(module, SideMemory) else ()
+        swaps = module.memories.swaps if isinstance(module, SideMemory) else ()
         return [swap for swap in swaps if swap.config["retrieve"] is self.hparams.retrieve]
 
     def _replay(
@@ -117,22 +126,28 @@ class Wise:
         return inside, outside
 
     def _shard(
-        self, job: EditJob, weight: Tensor, earlier: Sequence[ModuleSwap]
-    ) -> tuple[int, Shard]:
-        """The shard with room for another edit: the latest one, or a new one."""
-        shards = numbered(earlier)
+        self, job: EditJob, site: Site, earlier: Sequence[ModuleSwap]
+    ) -> tuple[int, Tensor, Tensor]:
+        """The shard with room for another edit, the latest one or a new one.
+
+        Returns:
+            Its number, its mask and its change so far, both (d_out, d_in).
+        """
+        weight, shards = job.host.weight(site), numbered(earlier)
         latest = max(shards, default=-1)
         if shards and len(shards[latest]) < self.hparams.edits_per_shard:
-            return latest, Shard.of(weight, shards[latest])
+            swaps, module = shards[latest], job.host.module(site.module)
+            begun = cast(SideMemory, module).memories.shards.get(ids(swaps))
+            return latest, mask_of(swaps[0], weight), Shard.of(weight, swaps, begun).change
         generator = torch.Generator(weight.device).manual_seed(job.seed + 1000003 * (latest + 1))
         drawn = torch.rand(weight.shape, generator=generator, device=weight.device)
         change = torch.zeros(weight.shape, device=weight.device)
-        return latest + 1, Shard(drawn < self.hparams.mask_ratio, change, 1.0, ())
+        return latest + 1, drawn < self.hparams.mask_ratio, change
 
     def _train(
-        self, host: ModelHost, site: Site, shard: Shard, task: _Task
+        self, host: ModelHost, site: Site, mask: Tensor, start: Tensor, task: _Task
     ) -> tuple[Tensor, float, dict[str, Any]]:
-        """Gradient descent on the shard's change.
+        """Gradient descent on the shard's change, from `start`, where the mask allows it.
 
         Returns:
             The change (d_out, d_in), the share of W that these steps left outside the mask, and
@@ -140,11 +155,11 @@ class Wise:
         """
         hparams = self.hparams
         weight = host.weight(site).float()
-        change = shard.change.clone().requires_grad_(True)
-        decaying = {"masked": shard.mask, "legacy": torch.ones_like(shard.mask)}.get(hparams.decay)
+        change = start.clone().requires_grad_(True)
+        decaying = {"masked": mask, "legacy": torch.ones_like(mask)}.get(hparams.decay)
         kept, latest, losses = 1.0, 0.0, list[float]()
         with _added(host, site, change):
-            velocity = torch.zeros_like(shard.change)
+            velocity = torch.zeros_like(start)
             for step in range(hparams.steps):
                 nll, missed = task.losses(change, hparams)
                 loss = nll + missed
@@ -160,7 +175,7 @@ class Wise:
                     break
                 (gradient,) = torch.autograd.grad(loss, change)
                 with torch.no_grad():
-                    gradient = gradient * shard.mask
+                    gradient = gradient * mask
                     if decaying is not None:
                         gradient += hparams.weight_decay * decaying * (weight + change)
                     velocity = hparams.momentum * velocity + gradient
@@ -195,11 +210,12 @@ class _Stirred:
         points = {"keys": (site.module, "input"), "outputs": (site.module, "output")}
         with torch.no_grad():
             run_until(host, batch, points, seen.__setitem__)
-        mask = batch.inputs["attention_mask"].bool()
+        # Where a model is spread over devices, the module's need not be that of the ids.
+        mask = batch.inputs["attention_mask"].bool().to(hidden_of(seen["keys"]).device)
         keys, outputs = (
             hidden_of(seen[name]).reshape(*mask.shape, -1)[mask].float() for name in points
         )
-        return cls(keys, outputs, mask.nonzero()[:, 0].to(keys.device), len(rows), indicator)
+        return cls(keys, outputs, mask.nonzero()[:, 0], len(rows), indicator)
 
     def __call__(self, change: Tensor) -> Tensor:
         """Mean over the tokens of each text: (texts,)."""
@@ -234,8 +250,8 @@ class _Task:
             hparams.edited_min - inside,
             hparams.margin - (inside[:, None] - outside),
         )
-        means = [part[part > 0].sum() / (part > 0).sum().clamp(min=1) for part in missed]
-        return nll, torch.stack(means).sum()
+        means = [part.clamp(min=0).sum() / (part > 0).sum().clamp(min=1) for part in missed]
+        return nll, torch.stack(means).sum().to(nll.device)
 
 
 def _site(host: ModelHost, hparams: WiseHyperParams) -> Site:

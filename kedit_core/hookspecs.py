@@ -19,7 +19,6 @@ from kedit_core.spec import (
     CommandSpec,
     DatasetSpec,
     EffectSpec,
-    ExecutorSpec,
     MethodSpec,
     MetricSpec,
     ModelSpec,
@@ -100,11 +99,6 @@ def kedit_register_architectures() -> Iterable[ArchitectureSpec]:  # type: ignor
 
 
 @hookspec
-def kedit_register_executors() -> Iterable[ExecutorSpec]:  # type: ignore[empty-body]
-    """Executors of benchmark cells."""
-
-
-@hookspec
 def kedit_register_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
     """Commands that join `kedit`."""
 
@@ -136,6 +130,5 @@ REGISTRATIONS: dict[str, type[Spec]] = {
     "kedit_register_effects": EffectSpec,
     "kedit_register_models": ModelSpec,
     "kedit_register_architectures": ArchitectureSpec,
-    "kedit_register_executors": ExecutorSpec,
     "kedit_register_commands": CommandSpec,
 }

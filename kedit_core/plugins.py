@@ -25,7 +25,6 @@ from kedit_core.spec import (
     CommandSpec,
     DatasetSpec,
     EffectSpec,
-    ExecutorSpec,
     MethodSpec,
     MetricSpec,
     ModelSpec,
@@ -282,7 +281,6 @@ def _kind(cls: type[Spec]) -> str:
         ModelSpec: "model",
         ClassifierSpec: "classifier",
         ArchitectureSpec: "architecture",
-        ExecutorSpec: "executor",
         CommandSpec: "command",
     }
     return names[cls]

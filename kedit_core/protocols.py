@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -104,13 +103,4 @@ class Classifier(Protocol):
 
     def classify(self, texts: Sequence[str]) -> list[Mapping[str, float]]:
         """For each text the probability of each label."""
-        ...
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """Something that runs benchmark cells, given their folders."""
-
-    def run(self, cells: Sequence[Path]) -> None:
-        """Run the cells that are not finished; return when all are."""
         ...

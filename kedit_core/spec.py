@@ -181,10 +181,5 @@ class ArchitectureSpec(Spec):
 
 
 @dataclass(frozen=True)
-class ExecutorSpec(Spec):
-    """Something that runs benchmark cells."""
-
-
-@dataclass(frozen=True)
 class CommandSpec(Spec):
     """A command that joins `kedit`: target is a typer-compatible function, or a `typer.Typer`."""

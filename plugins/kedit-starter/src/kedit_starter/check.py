@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kedit_core import EditCase, KEditError
+from kedit_core import EditCase, KEditError, LeftOut
+from kedit_core.measure import begins_with
 from kedit_core.progress import progress
 from kedit_starter.dataset import Starter
 
@@ -40,20 +41,16 @@ class Reply:
 
     @property
     def is_right(self) -> bool:
-        """True if the text begins with one of the answers, up to the end of a word."""
+        """Whether the text begins with one of the answers, as metrics compare them."""
         return any(begins_with(self.text, answer) for answer in self.question.answers)
 
 
-def begins_with(text: str, answer: str) -> bool:
-    """True if `text` begins with `answer` and the answer's last word ends there."""
-    text = text.lstrip()
-    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
-
-
-def questions(cases: Iterable[EditCase]) -> list[Question]:
+def questions(cases: Iterable[EditCase | LeftOut]) -> list[Question]:
     """All that the facts claim about the unedited model; consequences of the edit are not asked."""
     found = []
     for case in cases:
+        if isinstance(case, LeftOut):
+            continue
         relation, truth = str(case.meta["relation"]), case.request.ground_truth
         found.append(Question(case.request.id, relation, "prompt", case.request.text, truth))
         for probe in case.probes:

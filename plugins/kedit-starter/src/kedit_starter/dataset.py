@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from importlib.resources import as_file, files
 
-from kedit_core import DataError, EditCase, EditRequest, Probe, RequestError
+from kedit_core import (
+    EditCase,
+    EditRequest,
+    Format,
+    LeftOut,
+    Probe,
+    Row,
+    Source,
+    probe,
+    read_cases,
+)
+
+KEYS = frozenset(
+    {
+        *("id", "relation", "subject", "prompt", "answer", "target_new"),
+        *("rephrases", "neighborhood", "portability"),
+    }
+)
 
 
 class Starter:
@@ -20,48 +34,40 @@ class Starter:
     `one_hop`).  `meta["relation"]` says what kind of fact it is.
     """
 
-    def cases(self, path: Path | None = None) -> Iterator[EditCase]:
+    def cases(self, source: Source | None = None) -> Iterator[EditCase | LeftOut]:
         """Yield the facts that ship with the package, or those of a file in the same format.
 
         Raises:
-            DataError: the file cannot be read or a line is not such a fact.
+            DataError: the file cannot be read or is of another format.
         """
-        source = Path(path) if path is not None else files("kedit_starter") / "facts.jsonl"
-        try:
-            lines = source.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"The facts file {source} cannot be read: {error}.") from None
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield _case(json.loads(line))
-            except KeyError as error:
-                raise DataError(f"{source}, line {number}: the fact lacks {error}.") from None
-            except (ValueError, TypeError, RequestError) as error:
-                raise DataError(f"{source}, line {number} is not a fact: {error}.") from None
+        known = [Format("the starter facts", KEYS, _case)]
+        if source is not None:
+            yield from read_cases(source, known)
+            return
+        with as_file(files("kedit_starter") / "facts.jsonl") as own:
+            yield from read_cases(own, known)
 
 
-def _case(record: dict[str, Any]) -> EditCase:
-    subject, target = record["subject"], record["target_new"]
-    probes = [
-        Probe(kind="rephrase", prompt=prompt.replace("{}", subject), expected=target)
-        for prompt in record["rephrases"]
-    ]
-    probes += [
-        Probe(kind="locality", name="neighborhood", prompt=near["prompt"], expected=near["answer"])
-        for near in record["neighborhood"]
-    ]
-    if hop := record["portability"]:
-        probes.append(
-            Probe(kind="portability", name="one_hop", prompt=hop["prompt"], expected=hop["answer"])
-        )
+def _case(row: Row) -> EditCase:
+    subject, target = row.filled("subject"), row.filled("target_new")
     return EditCase(
         request=EditRequest(
-            id=record["id"],
-            prompt=record["prompt"],
+            id=row.text("id"),
+            prompt=row.filled("prompt"),
             subject=subject,
             target_new=target,
-            ground_truth=record["answer"],
+            ground_truth=row.filled("answer"),
         ),
-        probes=tuple(probes),
-        meta={"relation": record["relation"]},
+        probes=tuple(_probes(row, subject, target)),
+        meta={"relation": row.text("relation")},
     )
+
+
+def _probes(row: Row, subject: str, target: str) -> Iterator[Probe]:
+    for prompt in row.texts("rephrases"):
+        yield probe("rephrase", "", prompt.replace("{}", subject), [target])
+    for near in row.rows("neighborhood"):
+        yield probe("locality", "neighborhood", near.filled("prompt"), [near.filled("answer")])
+    if row.value.get("portability", "nothing") is not None:
+        hop = row.row("portability")
+        yield probe("portability", "one_hop", hop.filled("prompt"), [hop.filled("answer")])

@@ -562,6 +562,7 @@ def test_qlora_refuses_a_model_that_is_not_quantised(tmp_path, monkeypatch):
 
 # -- presets --------------------------------------------------------------------------------------
 
+LLAMA_3_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336}
 # The shapes of published models, as their configs give them.
 CONFIGS = {
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48}),
@@ -570,10 +571,8 @@ CONFIGS = {
         "llama",
         {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008},
     ),
-    "llama-3-8b": (
-        "llama",
-        {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
-    ),
+    "llama-3-8b": ("llama", LLAMA_3_8B | {"max_position_embeddings": 8192}),
+    "llama-3.1-8b": ("llama", LLAMA_3_8B | {"max_position_embeddings": 131072}),
     "llama-3.2-3b": ("llama", {"hidden_size": 3072, "num_hidden_layers": 28}),
     "qwen2.5-7b": ("qwen2", {"hidden_size": 3584, "num_hidden_layers": 28}),
 }
@@ -583,6 +582,7 @@ PUBLISHED = {
     "gpt-j-6b": (("fc_in", "fc_out"), 50),
     "llama-2-7b": (("q_proj", "v_proj"), 70),
     "llama-3-8b": (("q_proj", "v_proj"), 70),
+    "llama-3.1-8b": (("q_proj", "v_proj"), 50),
     "llama-3.2-3b": (("q_proj", "v_proj"), 70),
     "qwen2.5-7b": (("q_proj", "v_proj"), 60),
 }

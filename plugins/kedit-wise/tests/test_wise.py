@@ -453,6 +453,7 @@ def test_settings_out_of_bounds_are_refused(settings):
 
 # -- presets ---------------------------------------------------------------------------------------
 
+LLAMA_3_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336}
 CONFIGS = {
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48}),
     "gpt-j-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "rotary_dim": 64}),
@@ -460,10 +461,8 @@ CONFIGS = {
         "llama",
         {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008},
     ),
-    "llama-3-8b": (
-        "llama",
-        {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
-    ),
+    "llama-3-8b": ("llama", LLAMA_3_8B | {"max_position_embeddings": 8192}),
+    "llama-3.1-8b": ("llama", LLAMA_3_8B | {"max_position_embeddings": 131072}),
     "llama-3.2-3b": (
         "llama",
         {"hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192},
@@ -483,6 +482,7 @@ PUBLISHED = {
     "gpt-j-6b": (21, "mlp_out", 70, 1.0, (15, 40, 20), 0.88),
     "llama-2-7b": (27, "mlp_out", 70, 1.0, (5, 20, 10), 0.88),
     "llama-3-8b": (29, "mlp_out", 30, 0.9, (2, 20, 10), 0.5),
+    "llama-3.1-8b": (29, "mlp_out", 30, 0.9, (5, 10, 10), 0.88),
     "llama-3.2-3b": (27, "mlp_out", 70, 1.0, (5, 20, 10), 0.88),
     "mistral-7b": (27, "mlp_out", 70, 1.0, (5, 20, 10), 0.88),
     "qwen2.5-7b": (23, "mlp_out", 70, 1.0, (5, 20, 10), 0.88),

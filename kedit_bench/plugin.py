@@ -49,7 +49,7 @@ def _of_answers() -> Iterator[MetricSpec]:
         for protocol, (function, decoding, how) in PROTOCOLS.items():
             yield MetricSpec(
                 name=f"{quantity}/{protocol}@1",
-                target=f"kedit_bench.metrics.of_kind:{kind}_{function}",
+                target=f"kedit_bench.metrics.answers:{kind}_{function}",
                 summary=f"{what}: {how}.",
                 unit=UNITS.get(protocol, "share"),
                 probe=kind,
@@ -66,7 +66,7 @@ def _of_agreement() -> Iterator[MetricSpec]:
     for protocol, (decoding, how) in AGREEMENTS.items():
         yield MetricSpec(
             name=f"locality-agreement/{protocol}@1",
-            target=f"kedit_bench.metrics.of_kind:locality_agreement_{protocol.replace('-', '_')}",
+            target=f"kedit_bench.metrics.answers:locality_agreement_{protocol.replace('-', '_')}",
             summary=f"Unrelated prompts answer as before: {how}.",
             probe="locality",
             decoding=decoding,

@@ -1,12 +1,14 @@
-"""What metrics share: a case's probes, means over families, texts compared with answers, variety
-of words, classifiers by name."""
+"""What metrics share: a case's probes, makers for each kind of them, means over families, texts
+compared with answers, variety of words, classifiers by name."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from kedit_core.ask import Answers, Question, Score, Text
 from kedit_core.errors import SettingError
@@ -22,6 +24,26 @@ _MARKS = " .!?…。！？"  # at the end of an answer that may as well be witho
 
 _END = re.compile(r"\n|(?<=\.)(?=\s|$)")
 _WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+def for_kinds(functions: Mapping[str, Any], kinds: Sequence[str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module of functions that make a metric of one kind of probes.
+
+    Each function then has a name for each kind that can be a spec's target: `rephrase_rank()` is
+    `rank("rephrase")`, and so on.
+
+    Args:
+        functions: the module's globals.
+        kinds: of probes.
+    """
+
+    def find(name: str) -> Any:
+        kind, _, function = name.partition("_")
+        if kind in kinds and function in functions:
+            return partial(functions[function], kind)
+        raise AttributeError(f"module '{functions['__name__']}' has no attribute '{name}'")
+
+    return find
 
 
 def probes_of(case: EditCase) -> tuple[Probe, ...]:

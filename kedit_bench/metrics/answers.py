@@ -1,6 +1,7 @@
 """How an answer becomes a number: every protocol for probes that have an answer.
 
-Each function here makes a metric for one kind of probe.
+Each function here makes a metric for one kind of probe, `rank("rephrase")`, and has a name for each
+kind, `rephrase_rank()`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kedit_core.measure import (
     begins_with,
     contains,
     folded,
+    for_kinds,
     mean,
     natural_end,
     read_of,
@@ -282,3 +284,6 @@ def word_f1(text: str, answer: str) -> float:
 
 def _bare_words(text: str) -> Sequence[str]:
     return [word.strip(".,;:!?\"'()").casefold() for word in text.split()]
+
+
+__getattr__ = for_kinds(globals(), ("rewrite", "rephrase", "portability", "locality", "instance"))

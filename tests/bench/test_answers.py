@@ -257,6 +257,16 @@ def test_a_probe_without_an_answer_counts_for_texts_only():
     assert metric.score(asked, {}, {}) == {}
 
 
+def test_each_protocol_has_a_name_for_each_kind():
+    asked = case(Probe(kind="locality", prompt="Q", expected=("Rome",)))
+
+    named, made = protocols.locality_rank(), protocols.rank("locality")
+    assert list(named.questions(asked)) == list(made.questions(asked))
+    for wrong in ("locality_rnak", "local_rank", "rank_locality"):
+        with pytest.raises(AttributeError, match=f"answers' has no attribute '{wrong}'"):
+            getattr(protocols, wrong)
+
+
 # -- cases -------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from kedit_similarity import of_kind
+from kedit_similarity import protocols
 from kedit_similarity.probes import Similarity
 from kedit_similarity.protocols import bleu, cosine, rouge_1, rouge_2, rouge_l
 from kedit_similarity.weighted import Weighted
@@ -212,7 +212,7 @@ def test_probes_of_the_kind_are_asked_and_the_rest_is_not():
         Probe(kind="locality", prompt="Who?", expected="Ada"),
     )
 
-    asked = {kind: list(rouge_l(kind, 7).questions(case)) for kind in of_kind.KINDS}
+    asked = {kind: list(rouge_l(kind, 7).questions(case)) for kind in protocols.KINDS}
 
     assert asked == {
         "rewrite": [Continue("Where is the cat?", 7)],

@@ -25,7 +25,7 @@ def kedit_register_metrics() -> Iterable[MetricSpec]:
         for protocol, how, unit in PROTOCOLS:
             yield MetricSpec(
                 name=f"{quantity}/{protocol}@1",
-                target=f"kedit_similarity.of_kind:{kind}_{protocol.replace('-', '_')}",
+                target=f"kedit_similarity.protocols:{kind}_{protocol.replace('-', '_')}",
                 summary=f"{what}: {how}.",
                 paper="arXiv:2405.15349",
                 unit=unit,

@@ -1,4 +1,8 @@
-"""ROUGE, BLEU and sentence embeddings: each function makes a metric for one kind of probe."""
+"""ROUGE, BLEU and sentence embeddings.
+
+Each function makes a metric for one kind of probe, `bleu("rephrase")`, and has a name for each
+kind, `rephrase_bleu()`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ from collections.abc import Sequence
 
 from kedit_core.encoder import Encoder
 from kedit_core.errors import SettingError
+from kedit_core.measure import for_kinds
 from kedit_similarity.probes import NEW_TOKENS, Compare, Similarity
 from kedit_similarity.words import bleu_tokenizer, words
+
+KINDS = ("rewrite", "rephrase", "portability", "locality")
 
 
 def rouge_1(kind: str, new_tokens: int = NEW_TOKENS) -> Similarity:
@@ -90,3 +97,6 @@ def _bleu() -> Compare:
         ]
 
     return compare
+
+
+__getattr__ = for_kinds(globals(), KINDS)

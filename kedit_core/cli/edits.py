@@ -9,7 +9,7 @@ import typer
 
 from kedit_core.cli import options
 from kedit_core.cli.printing import echo_json, shorten, table
-from kedit_core.errors import PatchError, RequestError
+from kedit_core.errors import PatchError, RequestError, SettingError
 from kedit_core.plugins import discover
 
 if TYPE_CHECKING:
@@ -68,12 +68,20 @@ def edit(
     catalog = discover()
     spec = catalog.method(method)
     facts = _requests(prompt, subject, target, requests) if spec.writes_facts else []
+    if not spec.writes_facts and (rephrase or requests or batch is not None):
+        raise RequestError(
+            f"{spec.name} writes no facts, so it takes no --requests, --rephrase and --batch. Give "
+            f"--prompt to see an answer."
+        )
+    if overlay and spec.effect != "weights":
+        raise SettingError(f"{spec.name} changes no weights, so it needs no --overlay.")
     wanted = options.check_settings(catalog, spec, model, preset, hparams, settings)
     if batch is not None and (save is None or edits is not None):
         raise PatchError("--batch saves each step: give --save DIR, and no --edits.")
     if save is not None and save.exists() and save != edits and batch is None:
         raise PatchError(f"{save} exists already. Choose another folder, or add --edits {save}.")
-    _check_stack(edits)
+    before_these = _read(edits) if edits is not None else None
+    done = _done(save, spec.name) if batch is not None and save is not None else 0
 
     session = options.open_session(
         catalog,
@@ -84,12 +92,12 @@ def edit(
         seed=seed,
         corpus=corpus,
     )
-    if edits is not None:
-        session.load(edits, force=force)
-    questions = [(fact.text, fact.target_new) for fact in facts]
+    if before_these is not None:
+        session.load(before_these, force=force)
+    questions: list[tuple[str, str | None]] = [(fact.text, fact.target_new) for fact in facts]
     questions += [(text, facts[0].target_new) for text in rephrase or ()]
     if not spec.writes_facts and prompt is not None:
-        questions = [(prompt, target or "")]
+        questions = [(prompt.replace("{}", subject or "{}"), target)]
     before = _answers(session, questions)
     how: dict[str, Any] = {"preset": preset, "file": hparams, "hparams": wanted, "overlay": overlay}
     if batch is None:
@@ -100,8 +108,10 @@ def edit(
         from kedit_core.progress import progress
 
         outcomes = []
-        with progress(len(facts), spec.name, "edit") as bar:
-            for outcome in session.stream(spec, facts, batch=batch, folder=save, **how):
+        with progress(len(facts), spec.name, "edit", initial=done) as bar:
+            for outcome in session.stream(
+                spec, facts, batch=batch, folder=save, force=force, **how
+            ):
                 outcomes.append(outcome)
                 bar.update(sum(len(patch.requests) for patch in outcome.patches))
     seconds = sum(outcome.seconds for outcome in outcomes)
@@ -125,15 +135,15 @@ def edit(
             shorten(prompt, 60),
             shorten(old["text"], 30),
             shorten(new["text"], 30),
-            f"{old['probability']:.3f}",
-            f"{new['probability']:.3f}",
+            *("" if p is None else f"{p:.3f}" for p in (old["probability"], new["probability"])),
         )
         for (prompt, _), old, new in zip(questions, before, after, strict=True)
     ]
     header = ("prompt", "before", "after", "p(target) before", "after")
     typer.echo(table(rows, header))
     where = f"; saved in {save}" if save else "; not saved (add --save DIR)"
-    typer.echo(f"{spec.name}: {len(facts)} edit(s) in {seconds:.1f} s{where}.", err=True)
+    what = f"{len(facts) - done} edit(s)" if spec.writes_facts else "in force"
+    typer.echo(f"{spec.name}: {what} in {seconds:.1f} s{where}.", err=True)
     if session.unseen_effects():
         typer.echo(
             "It acts on prompts or logits: `kedit ask`, `kedit eval` and `session.view()` show it; "
@@ -158,13 +168,13 @@ def ask(
 
     catalog = discover()
     check(model, catalog)
-    _check_stack(edits)
+    saved = _read(edits) if edits is not None else None
     session = options.open_session(
         catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     answers = {"without": session.view().greedy(prompt, max_new_tokens)}
-    if edits is not None:
-        session.load(edits, force=force)
+    if saved is not None:
+        session.load(saved, force=force)
         answers["with"] = session.view().greedy(prompt, max_new_tokens)
     if as_json:
         return echo_json({"prompt": prompt, **answers})
@@ -256,11 +266,11 @@ def export(
         raise PatchError(f"{out} exists already. Choose another folder.")
     catalog = discover()
     check(model, catalog)
-    _check_stack(edits)
+    saved = _read(edits)
     session = options.open_session(
         catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    session.load(edits, force=force)
+    session.load(saved, force=force)
     from kedit_core.export import export_hf, export_peft
 
     (export_hf if to == "hf" else export_peft)(session, out)
@@ -287,23 +297,28 @@ def _read(folder: Path) -> SavedStack:
     return read_stack(folder)
 
 
-def _check_stack(edits: Path | None) -> None:
-    """Find a missing folder before the model is loaded."""
-    if (
-        edits is not None
-        and not (edits / "stack.json").is_file()
-        and not (edits / "patch.json").is_file()
-    ):
-        raise PatchError(f"{edits} holds no saved edits.")
+def _done(folder: Path, method: str) -> int:
+    """How many facts an earlier call with --batch has written to the folder."""
+    from kedit_core.stack import STACK, check_replaceable, read_stack
+
+    check_replaceable(folder)
+    if not (folder / STACK).is_file():
+        return 0
+    return sum(len(patch.requests) for patch in read_stack(folder).latest_by(method))
 
 
-def _answers(session: EditSession, questions: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def _answers(session: EditSession, questions: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
+    """The greedy answer to each prompt, and the probability of its target if it has one."""
     import math
 
-    prompts, targets = [p for p, _ in questions], [t for _, t in questions]
-    texts = session.view().greedy(prompts, max_new_tokens=NEW_TOKENS)
-    scores = session.view().score(prompts, targets)
+    view = session.view()
+    texts = view.greedy([prompt for prompt, _ in questions], max_new_tokens=NEW_TOKENS)
+    asked = [(prompt, target) for prompt, target in questions if target is not None]
+    scores = iter(view.score([p for p, _ in asked], [t for _, t in asked]))
     return [
-        {"text": text, "probability": math.exp(sum(score.logprobs))}
-        for text, score in zip(texts, scores, strict=True)
+        {
+            "text": text,
+            "probability": None if target is None else math.exp(sum(next(scores).logprobs)),
+        }
+        for text, (_, target) in zip(texts, questions, strict=True)
     ]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+_FILES = (".txt", ".md", ".npz")  # a dataset's name does not end so
+
 if TYPE_CHECKING:
     from kedit_core.editing import EditSession
     from kedit_core.plugins import Catalog
@@ -75,6 +77,7 @@ def open_session(
     corpus: str = "self",
 ) -> EditSession:
     """Load the model; torch is loaded here."""
+    _check_corpus(corpus)
     from kedit_core.editing import Corpus, EditSession, ModelHost
 
     quiet()
@@ -82,6 +85,20 @@ def open_session(
         model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, catalog=catalog
     )
     return EditSession(host, corpus=Corpus(corpus), seed=seed, catalog=catalog)
+
+
+def _check_corpus(corpus: str) -> None:
+    """Refuse a path where there is nothing; other names may be those of datasets.
+
+    Raises:
+        ArtifactError: names the path.
+    """
+    from kedit_core.errors import ArtifactError
+
+    path = Path(corpus)
+    is_path = path.is_absolute() or corpus.startswith((".", "~")) or path.suffix in _FILES
+    if is_path and not path.exists():
+        raise ArtifactError(f"The corpus {path} does not exist.")
 
 
 def quiet() -> None:

@@ -1,5 +1,6 @@
 """Editing, asking, saving, taking back and exporting from the command line, on a toy."""
 
+import contextlib
 import json
 
 import pytest
@@ -116,6 +117,91 @@ def test_edits_one_by_one_are_saved_each_and_go_on(kedit, model, tmp_path):
     assert "may build on edit 0" in err
     assert kedit("stack", "remove", saved, 2)[0] == 0
     assert len(json.loads(kedit("stack", "show", saved, "--json")[1])["patches"]) == 2
+
+
+def test_one_by_one_goes_on_at_what_is_done_with_the_same_settings(
+    kedit, model, tmp_path, monkeypatch
+):
+    facts = [
+        {"prompt": f.prompt, "subject": f.subject, "target_new": f.target_new}
+        for f in toy_facts()[:2]
+    ]
+    for count in (1, 2):
+        (tmp_path / f"{count}.json").write_text(json.dumps(facts[:count]), "utf-8")
+    begun = []
+
+    def bar(total, *rest, initial):
+        begun.append((initial, total))
+        return contextlib.nullcontext(Bar())
+
+    monkeypatch.setattr("kedit_core.progress.progress", bar)
+    command = ["edit", "--model", model, "--method", "ft-m", *SETTINGS, "--batch", 1]
+    command += ["--save", tmp_path / "edits", "--requests"]
+    assert kedit(*command, tmp_path / "1.json")[0] == 0
+
+    code, _, err = kedit(*command, tmp_path / "2.json", "--set", "steps=3")
+    assert code == 2
+    assert "another steps than" in err
+    code, _, err = kedit(*command, tmp_path / "2.json")
+    assert code == 0, err
+    assert "ft-m: 1 edit(s)" in err
+    assert begun == [(0, 1), (1, 2), (1, 2)]
+
+    other = [*command, tmp_path / "2.json", "--dtype", "bfloat16"]
+    code, _, err = kedit(*other)
+    assert code == 2
+    assert "computed on other weights" in err
+    assert kedit(*other, "--force")[0] == 0
+
+
+class Bar:
+    def update(self, n):
+        pass
+
+
+@pytest.mark.parametrize("method", ["dola", "deco"])
+def test_a_method_that_writes_no_facts_shows_an_answer(kedit, model, tmp_path, method):
+    command = ["edit", "--model", model, "--method", method, *SETTINGS, "--save", tmp_path / "s"]
+    for more in (["--batch", 1], ["--rephrase", "x"], ["--requests", tmp_path / "x.yaml"]):
+        code, _, err = kedit(*command, *more)
+        assert code == 2
+        assert "writes no facts" in err
+
+    code, out, err = kedit(*command, "--prompt", "Mira Voss lives in", "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)["answers"]
+    assert answer["after"]["text"]
+    assert answer["after"]["probability"] is None
+    code, out, err = kedit(*command[:-2], "--prompt", "Mira Voss lives in", "--target", "Rome")
+    assert code == 0, err
+    assert "0 edit" not in err
+    assert kedit("stack", "show", tmp_path / "s")[0] == 0
+
+
+def test_what_cannot_work_is_refused_before_weights_are_read(kedit, model, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("kedit_core.editing.ModelHost.load", load)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/diary.txt").write_text("dear")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "patch.json").write_text("{")
+    command = edit_arguments(model, toy_facts()[0])
+    swap = edit_arguments(model, toy_facts()[0], "lora")
+
+    for arguments, named in (
+        ([*command, "--corpus", tmp_path / "none.txt"], "none.txt does not exist"),
+        ([*command, "--batch", 1, "--save", tmp_path / "other"], "something else"),
+        ([*command, "--edits", damaged], "cannot be read"),
+        (["ask", "x", "--model", model, "--edits", damaged], "cannot be read"),
+        (["export", damaged, tmp_path / "out", "--model", model], "cannot be read"),
+        ([*swap, "--overlay"], "changes no weights"),
+    ):
+        code, _, err = kedit(*arguments)
+        assert code == 2, err
+        assert named in err
 
 
 def test_a_bad_line_of_a_requests_file_is_named(kedit, model, tmp_path):

@@ -17,6 +17,8 @@ from kedit_core import EditCase, EditRequest, HyperParams, MethodSpec
 from kedit_core.editing import EditSession
 from kedit_core.errors import DataError, MissingSettingError, SettingError
 from kedit_core.hparams import searched, searched_blocks
+from kedit_core.plugins import discover
+from kedit_core.spec import load_target
 from tests.bench.fakes import LAST, WHERE, toy_cases
 
 SINGLE = replace(LAST, max_batch=1)
@@ -103,6 +105,35 @@ def test_a_wrong_search_is_one_sentence(wrong, says):
     with pytest.raises(SettingError, match=says) as caught:
         space(**wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "searched_fields"),
+    [
+        ("grace", ["layer", "eps", "lr"]),
+        ("wise", ["layer", "lr", "edited_min", "threshold_ratio"]),
+        ("lora", ["layers", "alpha", "lr"]),
+        ("adalora", ["layers", "alpha", "lr"]),
+        ("qlora", ["layers", "alpha", "lr"]),
+        ("kn", ["threshold", "neurons", "write"]),
+        ("ultraedit", ["lr"]),
+        ("ft-m", ["layers", "lr", "max_change"]),
+        ("ft-l", ["layers", "lr", "max_change"]),
+    ],
+)
+def test_installed_methods_say_what_to_search_and_take_all_of_it(name, searched_fields):
+    method = discover().method(name)
+    hinted = load_target(method.hparams).model_fields
+    settings = {"matrices": {"mlp_out": [3]}} if name == "ultraedit" else {}
+    how = {"preset": None, "file": None, "settings": settings, "config": None}
+    found = space_of(method, {}, 30, **how)
+
+    assert list(found.axes) == searched_fields
+    for field, values in found.axes.items():
+        hints = hinted[field].json_schema_extra
+        assert len(values) == len(hints.get("search") or hints["search_blocks"])
+        for value in values:
+            found.hparams({field: value})
 
 
 def test_a_field_with_neither_value_nor_candidates_is_asked_for():

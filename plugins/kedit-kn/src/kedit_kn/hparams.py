@@ -3,6 +3,7 @@
 from pydantic import Field, PositiveInt, model_validator
 
 from kedit_core import HyperParams
+from kedit_core.hparams import searched
 
 
 class KnHyperParams(HyperParams):
@@ -16,13 +17,16 @@ class KnHyperParams(HyperParams):
         0.2,
         ge=0,
         lt=1,
+        json_schema_extra=searched(0.1, 0.2, 0.3),
         description="Part of a prompt's largest attribution that a neuron must pass [t].",
     )
     share: float = Field(
         0.7, gt=0, le=1, description="Share of the prompts in which a neuron must do so [p]."
     )
     neurons: tuple[PositiveInt, PositiveInt] = Field(
-        (2, 5), description="Fewest and most neurons to change; the share is moved to get there."
+        (2, 5),
+        json_schema_extra=searched([2, 5], [5, 10], [10, 20]),
+        description="Fewest and most neurons to change; the share is moved to get there.",
     )
     others: int = Field(
         20,
@@ -34,7 +38,12 @@ class KnHyperParams(HyperParams):
         0.1, ge=0, le=1, description="Share of these texts above which a neuron is left out."
     )
     erase: float = Field(1.0, ge=0, description="Weight of the old answer's direction [λ₁].")
-    write: float = Field(8.0, ge=0, description="Weight of the new answer's direction [λ₂].")
+    write: float = Field(
+        8.0,
+        ge=0,
+        json_schema_extra=searched(1.0, 2.0, 8.0),
+        description="Weight of the new answer's direction [λ₂].",
+    )
     contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         ((5, 2), (10, 2)),
         description="Sampled texts put before the prompt, each of which makes one more prompt: "

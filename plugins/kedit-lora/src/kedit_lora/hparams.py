@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from kedit_core import HyperParams
+from kedit_core.hparams import searched, searched_blocks
 
 
 class LoraHyperParams(HyperParams):
@@ -13,14 +14,28 @@ class LoraHyperParams(HyperParams):
         description="Linear layers that get an adapter, by the last part of their names as in "
         "PEFT; all of the blocks' linear layers where empty.",
     )
-    layers: tuple[int, ...] = Field((), description="Blocks that get adapters; all where empty.")
+    layers: tuple[int, ...] = Field(
+        (),
+        json_schema_extra=searched_blocks((0.69, 0.87), (0.5, 0.69), (0.0, 1.0)),
+        description="Blocks that get adapters; all where empty.",
+    )
     rank: int = Field(8, gt=0, description="Rank of each adapter [r].")
-    alpha: float = Field(32, gt=0, description="The adapters' product is scaled by alpha/rank [α].")
+    alpha: float = Field(
+        32,
+        gt=0,
+        json_schema_extra=searched(16, 32),
+        description="The adapters' product is scaled by alpha/rank [α].",
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training."
     )
     steps: int = Field(50, gt=0, description="Passes over the requests.")
-    lr: float = Field(5e-3, gt=0, description="Learning rate of Adam.")
+    lr: float = Field(
+        5e-3,
+        gt=0,
+        json_schema_extra=searched(5e-4, 2e-3, 5e-3),
+        description="Learning rate of Adam.",
+    )
     batch_size: int = Field(32, gt=0, description="Requests in one gradient step.")
     stop_loss: float = Field(1e-2, ge=0, description="Stop when the mean loss is below this.")
 

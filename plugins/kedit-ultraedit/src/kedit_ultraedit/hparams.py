@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt
 
 from kedit_core import HyperParams
+from kedit_core.hparams import searched
 
 Matrix = Literal["mlp_out", "mlp_in", "gate", "up", "attention_out", "experts_out"]
 Blocks = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -19,7 +20,12 @@ class UltraEditHyperParams(HyperParams):
         "lead into the MLP, or of two `gate`, which runs first, and `up`; `attention_out`; "
         "`experts_out`, of routed experts.",
     )
-    lr: float = Field(1e-6, gt=0, description="Size of the step at a module's output [η].")
+    lr: float = Field(
+        1e-6,
+        gt=0,
+        json_schema_extra=searched(1e-6, 1e-5, 1e-4, 3e-4, 1e-3),
+        description="Size of the step at a module's output [η].",
+    )
     ridge: float = Field(
         1.0, gt=0, description="Weight of the squared norm of the change; 1 in the paper."
     )

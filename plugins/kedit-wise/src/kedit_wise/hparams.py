@@ -5,17 +5,27 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kedit_core import HyperParams
+from kedit_core.hparams import searched, searched_blocks
 
 
 class WiseHyperParams(HyperParams):
     """Settings of WISE; symbols of the paper in brackets."""
 
-    layer: int = Field(ge=0, description="Block beside whose MLP the side memory stands.")
+    layer: int = Field(
+        ge=0,
+        json_schema_extra=searched_blocks(0.87, 0.78, 0.94),
+        description="Block beside whose MLP the side memory stands.",
+    )
     matrix: Literal["mlp_out", "mlp_in"] = Field(
         "mlp_out", description="The MLP's matrix that the side memory is a copy of [W_v]."
     )
     steps: int = Field(70, gt=0, description="Gradient steps of one edit, at most.")
-    lr: float = Field(1.0, gt=0, description="Learning rate of plain gradient descent [η].")
+    lr: float = Field(
+        1.0,
+        gt=0,
+        json_schema_extra=searched(0.5, 1.0, 2.0),
+        description="Learning rate of plain gradient descent [η].",
+    )
     momentum: float = Field(
         0.0, ge=0, lt=1, description="Of the gradient descent; none in the paper."
     )
@@ -32,7 +42,12 @@ class WiseHyperParams(HyperParams):
     irrelevant_max: float = Field(
         5.0, ge=0, description="Texts that have nothing to do with the edit should stir less [α]."
     )
-    edited_min: float = Field(20.0, ge=0, description="Edited prompts should stir more [β].")
+    edited_min: float = Field(
+        20.0,
+        ge=0,
+        json_schema_extra=searched(10.0, 20.0, 40.0),
+        description="Edited prompts should stir more [β].",
+    )
     margin: float = Field(10.0, ge=0, description="Difference that should lie between them [γ].")
     indicator: Literal["paper", "legacy"] = Field(
         "paper",
@@ -42,6 +57,7 @@ class WiseHyperParams(HyperParams):
     threshold_ratio: float = Field(
         0.88,
         gt=0,
+        json_schema_extra=searched(0.5, 0.7, 0.88),
         description="A memory answers a prompt that stirs it more than this share of what stirred "
         "it least of its edits [of ε].",
     )

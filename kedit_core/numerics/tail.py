@@ -76,12 +76,13 @@ class Tail:
             with torch.no_grad():
                 self.unchanged = self.logits()
 
-    def places(self, positions: Sequence[int], *, entering: bool = False) -> Tensor:
+    def places(self, positions: Sequence[int], *, padded: bool = False) -> Tensor:
         """Where one token of each row stands in what the repeated blocks see.
 
         Args:
             positions: for each row the number of a token that is not among its `fixed` ones.
-            entering: in what the block below the first repeated one hands on instead.
+            padded: where rows keep their padding, as inside attention, and in what the block below
+                the first repeated one hands on.
 
         Returns:
             (rows,) index into hidden states laid end to end, (·, d).
@@ -90,7 +91,7 @@ class Tail:
         columns = [offset + at - cut for offset, at in zip(offsets, positions, strict=True)]
         flat = torch.tensor(columns) + torch.arange(len(columns)) * self._width
         flat = flat.to(self._host.device)
-        return flat if self._kept is None or entering else torch.searchsorted(self._kept, flat)
+        return flat if self._kept is None or padded else torch.searchsorted(self._kept, flat)
 
     @property
     def _width(self) -> int:

@@ -51,8 +51,9 @@ class ValueSettings:
         stop: a task ends when its loss is below `stop_loss`, or when each of its target tokens is
             the most likely one in all its rows (arXiv:2502.01636), whichever loss it has then.
         reached_factor: of the NLL in the step after one in which all target tokens were the most
-            likely ones; a task then ends when its weighted KL is below `reached_kl` (PMET,
-            arXiv:2308.08742, §3.3).
+            likely ones (PMET, arXiv:2308.08742, §3.3).
+        reached_kl: a task also ends when all target tokens are the most likely ones and its
+            weighted KL is below this; with 0 it does not.
     """
 
     steps: int
@@ -130,7 +131,7 @@ def target_values(
         "modules": [module, *companions],
         "settings": asdict(settings),
         "tasks": [[[row.ids, row.targets, row.mark] for row in (*t.rows, t.anchor)] for t in tasks],
-        "version": 1,
+        "version": 2 if companions else 1,
     }
     limits = [[task.bound, task.decay] for task in tasks]
     if any(limit is not None for pair in limits for limit in pair):
@@ -209,11 +210,14 @@ def memory_chunks(
     # Numbers that autograd keeps of a block at one position, a little above what was measured.
     numbers = 16 * host.anatomy.hidden_size + 6 * wide
     position = numbers * host.dtype.itemsize * (len(host.blocks) - layer)
-    limit = free_bytes(host.device) // position
+    label = 16 * host.model.config.get_text_config().vocab_size  # logits, in float32 with gradients
+    limit = free_bytes(host.device)
     chunk: list[ValueTask] = []
     used = 0
     for task in tasks:
-        needed = sum(len(row.ids) - row.mark for row in task.rows)
+        positions = sum(len(row.ids) - row.mark for row in task.rows)
+        labels = sum(len(row.targets) for row in task.rows) + 1  # the anchor's
+        needed = positions * position + labels * label
         if chunk and used + needed > limit:
             yield chunk
             chunk, used = [], 0
@@ -310,7 +314,7 @@ class _Optimisation:
                 ends = losses.total < settings.stop_loss
                 if settings.stop == "most-probable":
                     ends = ends | losses.reached
-                if settings.reached_factor != 1:
+                if settings.reached_kl > 0:
                     ends = ends | (losses.reached & (losses.kl <= settings.reached_kl))
                 reached = losses.reached
                 columns = torch.stack([losses.total.detach(), losses.nll, ends.float()])
@@ -318,9 +322,11 @@ class _Optimisation:
                     if n not in rows.active:
                         continue
                     if not math.isfinite(total):
+                        row = self.tasks[n].rows[0]
+                        text = self.host.tokenizer.decode(row.prompt, skip_special_tokens=True)
                         raise EditError(
-                            f"The loss of target {n} became {total} in step {step}. Lower the "
-                            f"learning rate, or load the model in float32."
+                            f"The loss of the target after {text!r} became {total} in step {step}. "
+                            f"Lower the learning rate, or load the model in float32."
                         )
                     histories[n].append(total)
                     nll[n] = measured
@@ -395,7 +401,8 @@ class _Rows:
         paths = [of.host.blocks[of.layer].path] if of.is_above else of.modules
         for point, path in enumerate(paths):
             module = of.host.module(path) if of.is_above else of.host.base_module(path)
-            places = self.tail.places(marks, entering=of.is_above)
+            is_inside = path.startswith(f"{of.host.blocks[of.layer].attention}.")
+            places = self.tail.places(marks, padded=of.is_above or is_inside)
             self._handles.append(module.register_forward_hook(self._inject(point, places)))
         for path in () if of.penalty is None else of.penalty.watch:
             block = of.host.module(path)

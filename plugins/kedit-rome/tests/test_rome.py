@@ -312,7 +312,7 @@ def test_weights_that_are_no_numbers_are_reported_and_nothing_is_changed(tmp_pat
     session = session_on("llama", tmp_path)
     session.host.weight(session.host.mlp_out(3))[0, 0] = torch.nan
 
-    with pytest.raises(EditError, match="loss of target 0 became"):
+    with pytest.raises(EditError, match="loss of the target after .* became"):
         session.edit("rome", request_of(facts(1)[0]), hparams={**QUICK, "contexts": []})
 
     assert not session.is_edited

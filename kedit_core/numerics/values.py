@@ -126,7 +126,7 @@ def target_values(
     wants the same ones, finds them.
     """
     host = job.host
-    key = {
+    key: dict[str, object] = {
         "model": job.fingerprint,
         "modules": [module, *companions],
         "settings": asdict(settings),

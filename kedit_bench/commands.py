@@ -20,6 +20,7 @@ from kedit_bench.scoring import Chosen, choose_metrics
 from kedit_core.cli import options, printing
 from kedit_core.cli.data import read_dataset
 from kedit_core.errors import DataError, SettingError
+from kedit_core.hookspecs import CellFinished
 from kedit_core.named import split_named
 from kedit_core.plugins import Catalog, discover
 from kedit_core.records import checked
@@ -263,7 +264,9 @@ def _run_cell(
     cell = Cell(folder, wanted.spec, hparams, regime, scorer_of(identity, chosen), points)
     with progress(count, f"{wanted.label} on {identity['dataset']}", "case") as bar:
         cell.run(session, asker, run.cases(), bar.update)
-    return write_result(folder, about, run.cases(), cell.scorer)
+    result = write_result(folder, about, run.cases(), cell.scorer)
+    session.catalog.notify("kedit_cell_finished", CellFinished(str(folder), result))
+    return result
 
 
 def _checkpoints(count: int, every: int | None) -> frozenset[int]:

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 
+from kedit_core import discover, hookimpl
 from kedit_core.cli import main
 from kedit_core.testing.toys import toy_facts, toy_folder
 
@@ -86,6 +88,24 @@ def test_methods_stand_side_by_side_with_the_unedited_model(kedit, asked, tmp_pa
     assert "data:image/png;base64," in page
     assert "http" not in page.split("</style>")[1]
     assert "| ft-m |" in (out / "report.md").read_text()
+
+
+def test_observers_are_told_the_result_of_a_finished_cell(kedit, asked, tmp_path, monkeypatch):
+    seen, module = [], ModuleType("observer")
+
+    @hookimpl
+    def kedit_cell_finished(event):
+        seen.append(event)
+
+    module.kedit_cell_finished = kedit_cell_finished
+    observed = discover([("observer", module)])
+    monkeypatch.setattr("kedit_bench.commands.discover", lambda: observed)
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m", "--limit", 1, "--out", out)[0] == 0
+
+    (event,) = seen
+    assert event.folder == str(out / "ft-m")
+    assert json.loads((out / "ft-m" / "result.json").read_text()) == event.result
 
 
 def test_the_same_command_goes_on_and_another_one_is_refused(kedit, asked, tmp_path):

@@ -175,11 +175,24 @@ def rewrite_row(
 ) -> Row:
     """The request's prompt and target after a context, marked at its fact token.
 
+    A blank at the end of the prompt may be read as part of the target; then the prompt's last
+    token is the one before it.
+
     Raises:
-        RequestError: too long, or a fact token of the subject is asked for and there is none.
+        RequestError: too long, or a fact token of the subject is asked for and there is none, as
+            the request has no subject or the target takes its last characters into a token.
     """
     row = join(host, context + request.text, request.target_new)
-    return replace(row, mark=fact_position(host, request, fact_token, context))
+    mark = fact_position(host, request, fact_token, context)
+    if fact_token != "last":
+        alone = encode(host, context + request.text).ids
+        until = fact_position(host, request, context=context) + 1
+        if row.prompt[:until] != alone[:until]:
+            raise RequestError(
+                f"Subject and target of {request.text!r} share a token for {host.name}, so that "
+                f"the subject has no last token of its own. Put a word between them."
+            )
+    return replace(row, mark=min(mark, len(row.prompt) - 1))
 
 
 def fact_position(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -252,6 +254,31 @@ def test_the_other_fact_tokens(host, prompt, subject, context):
     assert first <= last
     assert after == (last + 1 if request.after else last)
     assert fact_position(host, request, "last", context) == len(ids) - 1
+
+
+@pytest.mark.parametrize("fact_token", ["last", "subject_first_after_last", "subject_last"])
+@pytest.mark.parametrize("prompt", ["{} lives in ", "They say of {} "])
+def test_a_blank_that_the_target_takes_is_no_fact_token(toy_host, prompt, fact_token):
+    request = EditRequest(prompt=prompt, subject="Mira Voss", target_new="New Haven")
+    bare = request.model_copy(update={"prompt": prompt.rstrip()})
+    for toy in ("gpt2", "llama"):
+        host = toy_host(toy)
+        assert len(encode(host, request.text).ids) > len(encode(host, bare.text).ids)
+        for context in ("", "I am here. "):
+            row = rewrite_row(host, request, fact_token, context)
+            assert row.merged
+            assert replace(row, merged=False) == rewrite_row(host, bare, fact_token, context)
+
+
+def test_a_subject_that_shares_a_token_with_the_target_is_refused(tiny_models):
+    host = ModelHost(tiny_models["llama"], byte_level(begin=False), "bytes")
+    request = EditRequest(prompt="They say that {}", subject="東", target_new="京")
+    assert join(host, request.text, "京").merged
+    for fact_token in ("subject_last", "subject_first", "subject_first_after_last"):
+        with pytest.raises(RequestError, match="share a token"):
+            rewrite_row(host, request, fact_token)
+    row = rewrite_row(host, request, "last")
+    assert row.mark == len(row.prompt) - 1
 
 
 def test_the_tokenizers_padding_side_does_not_matter(host):

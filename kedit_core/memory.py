@@ -12,6 +12,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cpu" or not torch.accelerator.is_available():
         return _HOST_BYTES
     try:
-        return torch.accelerator.get_memory_info(device)[0] // 2
-    except (RuntimeError, NotImplementedError):  # a device that does not tell
+        return int(torch.get_device_module(device).mem_get_info(device)[0]) // 2
+    except (RuntimeError, NotImplementedError, AttributeError):  # a device that does not tell
         return _HOST_BYTES

@@ -17,18 +17,12 @@ from pydantic import (
 from kedit_core.hparams import HyperParams, searched, searched_blocks
 
 
-class TargetHyperParams(HyperParams):
-    """Base of their settings; symbols of MEMIT (Meng et al. 2023, arXiv:2210.07229) in brackets.
+class ValueHyperParams(HyperParams):
+    """How the target of a fact is optimised, and where its key is read.
 
     A method's own class adds what is its own, and may change defaults.
     """
 
-    layers: tuple[NonNegativeInt, ...] = Field(
-        min_length=1,
-        json_schema_extra=searched_blocks((0.12, 0.26), (0.2, 0.2), (0.1, 0.1), (0.35, 0.35)),
-        description="Blocks whose MLP output matrices are rewritten, ascending [R]; the target is "
-        "optimised at the last of them [L].",
-    )
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field("subject_last", description="Token at which keys and targets are taken.")
     )
@@ -64,12 +58,27 @@ class TargetHyperParams(HyperParams):
         None, gt=0, description="Tokens from which C is estimated; 10 times its width by default."
     )
 
+
+class _Layers(HyperParams):
+    """A base of its own, so that it is declared, and searched, before what depends on it."""
+
+    layers: tuple[NonNegativeInt, ...] = Field(
+        min_length=1,
+        json_schema_extra=searched_blocks((0.12, 0.26), (0.2, 0.2), (0.1, 0.1), (0.35, 0.35)),
+        description="Blocks whose MLP output matrices are rewritten, ascending [R]; the target is "
+        "optimised at the last of them [L].",
+    )
+
     @field_validator("layers")
     @classmethod
     def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
         if list(layers) != sorted(set(layers)):
             raise ValueError("give each layer once, in ascending order")
         return layers
+
+
+class TargetHyperParams(ValueHyperParams, _Layers):
+    """Base of their settings; symbols of MEMIT (Meng et al. 2023, arXiv:2210.07229) in brackets."""
 
 
 class MomentHyperParams(TargetHyperParams):

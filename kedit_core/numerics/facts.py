@@ -16,7 +16,7 @@ from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.numerics.values import ValueSettings, ValueTask
 from kedit_core.request import EditRequest
-from kedit_core.targets import TargetHyperParams
+from kedit_core.targets import ValueHyperParams
 from kedit_core.tokens import FactToken, Row, encode, fact_position, rewrite_row
 
 log = logging.getLogger(__name__)
@@ -35,15 +35,23 @@ class FactRows:
     anchors: tuple[Row, ...]
 
     @classmethod
-    def of(cls, job: EditJob, hparams: TargetHyperParams) -> FactRows:
-        """The job's facts after the sampled contexts.
+    def of(cls, job: EditJob, hparams: ValueHyperParams) -> FactRows:
+        """The job's facts after the sampled contexts; tells of what will hardly go well.
 
         Raises:
             RequestError: a fact is too long for the model.
         """
         warn_of_conflicts(job.requests)
         contexts = context_texts(job, hparams.contexts)
-        return cls.after(job, [contexts] * len(job.requests), hparams.fact_token)
+        facts = cls.after(job, [contexts] * len(job.requests), hparams.fact_token)
+        for request, row in zip(job.requests, facts.clean, strict=True):
+            if row.mark == 0:
+                log.warning(
+                    "The key of %r is read at the first token, where keys are unlike any other; "
+                    "put words before the subject, or check the edit's neighbours.",
+                    request.text,
+                )
+        return facts
 
     @classmethod
     def after(
@@ -72,7 +80,7 @@ class FactRows:
         return [ValueTask(*pair) for pair in zip(self.rows, self.anchors, strict=True)]
 
 
-def value_settings(hparams: TargetHyperParams) -> ValueSettings:
+def value_settings(hparams: ValueHyperParams) -> ValueSettings:
     """The settings of the optimisation among a method's settings."""
     return ValueSettings(
         steps=hparams.steps,

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import Tensor
 
 from kedit_core.editing import EditJob, Patch, Site, WeightDelta
-from kedit_core.numerics.facts import essence_row
+from kedit_core.numerics.facts import FactRows, value_settings
 from kedit_core.numerics.ridge import Inverse, inverse_by
 from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.solve import rank_one_factors
 from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.trace import states_at_marks
-from kedit_core.numerics.values import Value, ValueSettings, ValueTask, target_values
-from kedit_core.request import EditRequest
-from kedit_core.tokens import Row, rewrite_row
+from kedit_core.numerics.values import target_values
 from kedit_rome.hparams import RomeHyperParams
-
-log = logging.getLogger(__name__)
 
 
 class Rome:
@@ -42,20 +36,13 @@ class Rome:
             SiteError: the layer does not exist or has no single MLP output matrix.
             EditError: the loss is not finite, or the key cannot be reached.
         """
-        (request,) = job.requests
         host, hparams = job.host, self.hparams
         site = host.mlp_out(hparams.layer)
         inverse = self._inverse(job, site)
-        contexts = ("", *context_texts(job, hparams.contexts))
-        rows = tuple(rewrite_row(host, request, hparams.fact_token, text) for text in contexts)
-
-        if rows[0].mark == 0:
-            log.warning(
-                "The subject of %r is the first token, where keys are unlike any other; put words "
-                "before it, or check the edit's neighbours.",
-                request.text,
-            )
-        value = self._value(job, site.module, request, rows)
+        facts = FactRows.of(job, hparams)
+        settings = value_settings(hparams)
+        (value,) = target_values(job, site.module, hparams.layer, facts.tasks, settings)
+        (rows,) = facts.rows
         points = {"key": (site.module, "input"), "output": (site.module, "output")}
         states = states_at_marks(host, rows, points)
         keys, outputs = states["key"].float().cpu(), states["output"].float().cpu()
@@ -69,7 +56,7 @@ class Rome:
             "delta_norm_ratio": float(value.delta.norm() / value.initial.norm()),
             "change_norm": float(left.norm()),
             "second_moment": hparams.second_moment,
-            "contexts": list(contexts),
+            "contexts": ["", *context_texts(job, hparams.contexts)],
         }
         return Patch("rome", (WeightDelta(site, left, right),), notes=notes)
 
@@ -78,23 +65,6 @@ class Rome:
         if not self.hparams.second_moment:
             return lambda keys: keys
         return inverse_by(moment_factors(job, [site], self.hparams.moment_tokens)[site])
-
-    def _value(
-        self, job: EditJob, module: str, request: EditRequest, rows: tuple[Row, ...]
-    ) -> Value:
-        """v*: what the MLP should write so that the target follows."""
-        hparams = self.hparams
-        settings = ValueSettings(
-            steps=hparams.steps,
-            lr=hparams.lr,
-            weight_decay=hparams.weight_decay,
-            max_norm_ratio=hparams.max_norm_ratio,
-            kl_weight=hparams.kl_weight,
-            stop_loss=hparams.stop_loss,
-        )
-        task = ValueTask(rows, essence_row(job.host, request, hparams.fact_token))
-        (value,) = target_values(job, module, hparams.layer, [task], settings)
-        return value
 
     def _keys(self, keys: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Key of the direction, key that is mapped, and the present output for it.

@@ -15,8 +15,8 @@ from kedit_sphere.hparams import SphereHyperParams
 
 
 class Sphere:
-    """Editing that keeps a matrix's rows spread over the sphere (2026,
-    arXiv:2510.01172), on top of AlphaEdit (arXiv:2410.02355).
+    """Editing that keeps a matrix's rows spread over the sphere (Liu et al. 2026,
+    arXiv:2510.01172), on top of AlphaEdit (Fang et al. 2025, arXiv:2410.02355).
 
     The change without its principal part is what is put in force, so later layers make up for
     what was taken out, and the keys that count in later edits are those of the edited model.

@@ -107,12 +107,9 @@ class Changes:
             return cast(tuple[int, int], tuple(self.host.weight(site).shape))
         if site.expert is not None:
             raise PatchError("One expert of a stacked parameter cannot be overlaid.")
-        module = self.host.base_module(site.module)
-        if isinstance(module, nn.Embedding):
+        if isinstance(self.host.base_module(site.module), nn.Embedding):
             raise PatchError(f"{site.parameter} is a table of embeddings and cannot be overlaid.")
-        if isinstance(module, nn.Linear):
-            return module.out_features, module.in_features
-        return cast(tuple[int, int], tuple(self.host.weight(site).shape))
+        return self.host.shape(site)
 
     def _put(self, delta: WeightDelta, applied: Applied) -> None:
         if applied.overlay:

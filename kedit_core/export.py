@@ -255,17 +255,9 @@ def _low_rank(session: EditSession, number: int, patch: Patch, effect: Effect) -
     if not is_weight or not isinstance(module, nn.Linear | Conv1D):
         raise PatchError(f"{named} changes {site.parameter}, which is no linear layer. {other}")
     if isinstance(effect, ModuleSwap):
-        _check_fold(effect, delta, _matrix_shape(module))
+        _check_fold(effect, delta, host.shape(site))
     _refuse_shared(host, number, patch, site)
     return delta
-
-
-def _matrix_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(d_out, d_in), also where the weight is quantised."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    d_in, d_out = module.weight.shape
-    return d_out, d_in
 
 
 def _right(delta: WeightDelta) -> Tensor:

@@ -236,6 +236,14 @@ class ModelHost:
         """The matrix (d_out, d_in) in its own type, sharing memory with the model."""
         return site.view(self.parameter(site).detach())
 
+    def shape(self, site: Site) -> tuple[int, int]:
+        """(d_out, d_in) of a matrix, also where the weight is quantised."""
+        module = self.base_module(site.module)
+        if isinstance(module, nn.Linear) and site.parameter == f"{site.module}.weight":
+            return module.out_features, module.in_features
+        d_out, d_in = self.weight(site).shape
+        return d_out, d_in
+
     @contextlib.contextmanager
     def scratch(self, *sites: Site) -> Iterator[None]:
         """Let a method write to these matrices; afterwards their bits are as before."""

@@ -98,10 +98,13 @@ def inspect(
         "pad_token": host.tokenizer.pad_token,
     }
     if sites:
-        weight = host.weight(sites[0])
-        out, width = weight.shape
+        out, width = host.shape(sites[0])
         facts["mlp_out_shape"] = [out, width]
-        facts["kept_per_edited_matrix_mb"] = round(weight.numel() * weight.element_size() / 1e6, 2)
+        stored = host.stored(sites[0])
+        if stored.is_floating_point():  # others cannot be changed in place
+            each = stored.element_size()
+            each += 4 if each < 4 else 0  # of 16-bit weights the sum in float32 too
+            facts["kept_per_edited_matrix_mb"] = round(out * width * each / 1e6, 2)
         facts["rank_one_patch_kb"] = round(4 * (out + width) / 1e3, 1)
         facts["second_moment_mb"] = round(4 * width * width / 1e6, 1)
     suited = _suited(catalog.all(MethodSpec), host.config)

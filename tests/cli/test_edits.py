@@ -4,9 +4,11 @@ import contextlib
 import json
 
 import pytest
+import torch
 import yaml
 
 from kedit_core.cli import main
+from kedit_core.editing import ModelHost
 from kedit_core.testing.toys import toy_corpus, toy_facts, toy_folder
 
 SETTINGS = ["--preset", "toy"]
@@ -280,6 +282,33 @@ def test_a_model_is_inspected(kedit, model):
     found = json.loads(out)
     assert found["type"] == "llama"
     assert "mlp_out" in found["anatomy"]
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2 + 4)])
+def test_inspect_counts_all_that_an_edit_keeps(kedit, model, dtype, each):
+    found = json.loads(kedit("inspect", model, "--dtype", dtype, "--json")[1])
+    out, width = found["mlp_out_shape"]
+    assert found["kept_per_edited_matrix_mb"] == round(out * width * each / 1e6, 2)
+
+
+def test_a_quantised_model_is_inspected(kedit, model, monkeypatch):
+    """Its weights are packed, as those of bitsandbytes are."""
+    load = ModelHost.load
+
+    def packed(*args, **kwargs):
+        host = load(*args, **kwargs)
+        for block in host.blocks:
+            linear = host.module(block.mlp_out.module)
+            codes = linear.weight.detach().to(torch.int8).reshape(-1, 1)
+            linear.weight = torch.nn.Parameter(codes, requires_grad=False)
+        return host
+
+    shape = json.loads(kedit("inspect", model, "--json")[1])["mlp_out_shape"]
+    monkeypatch.setattr("kedit_core.editing.ModelHost.load", packed)
+    code, out, err = kedit("inspect", model, "--json")
+    assert code == 0, err
+    assert json.loads(out)["mlp_out_shape"] == shape
+    assert "kept_per_edited_matrix_mb" not in json.loads(out)
 
 
 def test_a_folder_without_tokenizer_is_refused_before_weights_are_read(kedit, tmp_path):

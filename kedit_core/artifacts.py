@@ -72,8 +72,9 @@ class ArtifactStore:
         try:
             with new_folder(folder) as temporary:
                 (temporary / "key.json").write_text(json.dumps(key, indent=2), "utf-8")
-                contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-                save_file(contiguous, temporary / "tensors.safetensors")
+                # Cloned, as the file format has no tensors that share memory.
+                own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+                save_file(own, temporary / "tensors.safetensors")
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"The {kind} cannot be stored in {folder}: {error}.") from None
 

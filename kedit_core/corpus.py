@@ -87,8 +87,9 @@ class Corpus:
         try:
             rows = datasets.load_dataset(name, config or None, split=self.split, streaming=True)
             for row in rows:
-                if row[self.column].strip():
-                    yield row[self.column]
+                text = row[self.column]
+                if isinstance(text, str) and text.strip():
+                    yield text
         except KeyError:
             raise ArtifactError(
                 f"The dataset '{self.source}' has no column '{self.column}'."
@@ -96,7 +97,7 @@ class Corpus:
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(
                 f"The corpus '{self.source}' is neither a file nor a dataset that can be loaded: "
-                f"{str(error).splitlines()[0]}"
+                f"{next(iter(str(error).splitlines()), repr(error))}"
             ) from None
 
 

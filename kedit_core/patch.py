@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_core.effects import CallEffect, Effect, ModuleSwap, WeightDelta, is_finite
-from kedit_core.errors import PatchError
+from kedit_core.errors import PatchError, RequestError
 from kedit_core.files import new_folder
 from kedit_core.request import EditRequest
 from kedit_core.sites import Site
@@ -164,6 +164,8 @@ class Patch:
                 seed=int(data["seed"]),
                 base=_base(data["base"]),
             )
+        except RequestError as error:
+            raise PatchError(f"{folder / MANIFEST} holds a malformed request: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PatchError(f"{folder / MANIFEST} is malformed: {error!r}.") from None
         patch.check_finite()

@@ -67,7 +67,9 @@ class MethodSpec(Spec):
         removable: whether one edit can be taken back from among later ones.
         writes_facts: False for a method that changes how the model answers, whatever is asked;
             it takes no requests, and keeps those that it is given as a record only.
-        needs: what requests and models must offer; the session refuses what lacks it.
+        needs: what requests and models must offer.  The session refuses requests without subject
+            or ground truth and models that are not causal; `gradients` and `training-data` are
+            for readers of the lists.
         presets: package (`"kedit_rome.presets"`) that holds the method's YAML presets.
         variant_of: name of the method of which this is a setting, if any.
         defaults: settings that make the variant; a preset, file or `--set` overrides them.

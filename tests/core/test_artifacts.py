@@ -34,6 +34,13 @@ def test_what_was_stored_comes_back(store):
     assert_same(store.get("moment", KEY), tensors())
 
 
+def test_tensors_that_share_memory_are_stored(store):
+    both = torch.arange(6.0)
+    given = {"one": both, "same": both, "part": both[:3]}
+    store.put("moment", KEY, given)
+    assert_same(store.get("moment", KEY), given)
+
+
 def test_views_and_other_types_are_stored_as_they_look(store):
     base = torch.arange(12.0).reshape(3, 4)
     given = {"turned": base.mT, "row": base[1], "half": base.bfloat16(), "empty": base[:0]}

@@ -81,7 +81,7 @@ def spread(
     with host.scratch(*sites):
         for left, site in zip(range(len(sites), 0, -1), sites, strict=True):
             keys = mean_keys(host, site.module, facts.rows)
-            missing = targets.to(keys) - outputs(host, at, facts, averaged=averaged)
+            missing = targets.to(keys) - outputs(host, at, facts, averaged=averaged).to(keys)
             residuals.append(float(missing.norm(dim=0).mean()))
             update = solve(site, keys, missing / (left if share == "even" else left**0.5))
             deltas.append(WeightDelta(site, update.left.cpu(), update.right.cpu()))

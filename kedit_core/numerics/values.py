@@ -394,8 +394,12 @@ class _Rows:
         self.is_anchor[sizes.cumsum(0) - 1] = True
         marks = [row.mark for row in rows]
         self.tail = Tail(of.host, rows, of.layer + of.is_above, marks, plain=of.plain)
-        self.anchors = self.is_anchor[self.tail.label_rows]
-        self.reference = torch.log_softmax(self.tail.unchanged[self.anchors].float(), dim=-1)
+        # All on one device, also where the model lies on several.
+        label_rows, unchanged = self.tail.label_rows.to(device), self.tail.unchanged.to(device)
+        self.anchors = self.is_anchor[label_rows]
+        self.labels = self.tail.labels.to(device)[~self.anchors]
+        self.rows = label_rows[~self.anchors]
+        self.reference = torch.log_softmax(unchanged[self.anchors].float(), dim=-1)
         self._states: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         paths = [of.host.blocks[of.layer].path] if of.is_above else of.modules
@@ -432,7 +436,8 @@ class _Rows:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             hidden = hidden_of(output)
-            self._states[path] = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]
+            state = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]
+            self._states[path] = state.to(self._of.delta.device)
 
         return keep
 
@@ -443,9 +448,8 @@ class _Rows:
             reached: (tasks,) whether all target tokens were the most likely ones a step ago.
         """
         of, settings = self._of, self._of.settings
-        logits = self.tail.logits()
-        targets = logits[~self.anchors]
-        labels, rows = self.tail.labels[~self.anchors], self.tail.label_rows[~self.anchors]
+        logits = self.tail.logits().to(of.delta.device)
+        targets, labels, rows = logits[~self.anchors], self.labels, self.rows
         zeros = torch.zeros(len(of.tasks), device=of.delta.device)
         per_row = mean_nll(targets, labels, rows, len(self.owner))
         counts = zeros.index_add(0, self.owner, (~self.is_anchor).float()).clamp(min=1)

@@ -89,7 +89,7 @@ def section(dataset: str, results: list[dict]) -> str:
     lines = [f"## {dataset}", "", *table(*score_rows(results)), ""]
     lines += [*table(*effort_rows(results)), ""]
     for result in results:
-        for key, what in (("left_out", "left out"), ("failed", "failed, scored as unedited")):
+        for key, what in (("left_out", "left out"), ("failed", "failed, scored without it")):
             if result[key]:
                 first = next(iter(result[key].values()))
                 lines += [f"`{result['label']}`: {len(result[key])} {what}; the first: {first}", ""]

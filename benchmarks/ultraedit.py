@@ -129,7 +129,8 @@ def plain_edit(
     for request in batch:
         row = join(host, request.text, request.target_new)
         with gradients_of_everything(host):
-            for site, flow in flows(host, sites, [row], "target", hparams.batch_tokens)[0].items():
+            found, _ = flows(host, sites, [row], hparams.positions, hparams.batch_tokens)
+            for site, flow in found.items():
                 parts[site].append(flow)
     found = {
         site: Flow(torch.cat([f.inputs for f in many]), torch.cat([f.gradients for f in many]))

@@ -27,9 +27,8 @@ OPENING = "Event:"  # what stands before an event in the authors' prompts
 class Elken:
     """An event, written either as the facts that it changes or as it stands.
 
-    Asked too: what the event may lead to, as a choice whose letter is the answer, in
-    brackets or not (kind
-    `portability`, name `tendency`); facts and choices that it leaves alone (kind `locality`,
+    Asked too: what the event may lead to, as a choice whose letter is the answer, in brackets or
+    not (kind `portability`, name `tendency`); facts and choices that it leaves alone (kind `locality`,
     names `fact` and `tendency`).
 
     Args:

@@ -28,8 +28,8 @@ class Elken:
     """An event, written either as the facts that it changes or as it stands.
 
     Asked too: what the event may lead to, as a choice whose letter is the answer, in brackets or
-    not (kind `portability`, name `tendency`); facts and choices that it leaves alone (kind `locality`,
-    names `fact` and `tendency`).
+    not (kind `portability`, name `tendency`); facts and choices that it leaves alone (kind
+    `locality`, names `fact` and `tendency`).
 
     Args:
         writes_event: write the event itself, after the word with which the authors' prompts

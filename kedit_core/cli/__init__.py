@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Bars of the libraries below; kedit's own are silent by themselves.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # Read when torch is loaded. Threads that spin for long take the core from each other where
+    # other work runs too (docs/speed.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         if given and given[0] in LISTS and set(given[1:]) <= {"--json"}:
             LISTS[given[0]]("--json" in given)

@@ -49,11 +49,15 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Style, types and all tests, then `fresh-method`; after `--` arguments for pytest alone."""
     install(session)
-    if not session.posargs:
-        check_style(session)
-        session.run("mypy")
-        session.notify("fresh-method")
-    session.run("pytest", *session.posargs)
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    check_style(session)
+    session.run("mypy")
+    session.notify("fresh-method")
+    # A process for each core; a file's tests share what they load.
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run("pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 
 
 @nox.session

@@ -95,7 +95,7 @@ def encode(host: ModelHost, text: str, *, any_length: bool = False) -> Encoded:
     found = host.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
     ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
     if not host.is_encoder_decoder:
-        special = set(host.tokenizer.all_special_ids)
+        special = _special_ids(host)
         while ids and ids[-1] in special and spans[-1][0] == spans[-1][1]:
             del ids[-1], spans[-1]
     if not ids:
@@ -108,6 +108,10 @@ def encode(host: ModelHost, text: str, *, any_length: bool = False) -> Encoded:
     return Encoded(tuple(ids), tuple(spans))
 
 
+def _special_ids(host: ModelHost) -> set[int]:
+    return set(host.tokenizer.all_special_ids)
+
+
 def join(
     host: ModelHost, prompt: str, target: str, *, any_length: bool = False, exact: bool = False
 ) -> Row:
@@ -118,8 +122,13 @@ def join(
             (which `any_length` allows).
     """
     if host.is_encoder_decoder:
-        targets = encode(host, target, any_length=any_length)
-        inner = [i for i, (a, b) in zip(targets.ids, targets.spans, strict=True) if b > a]
+        targets, special = encode(host, target, any_length=any_length), _special_ids(host)
+        # A token between words may have an empty span too.
+        inner = [
+            token
+            for token, (start, end) in zip(targets.ids, targets.spans, strict=True)
+            if start < end or token not in special
+        ]
         if not inner:
             raise RequestError(f"The target {target!r} of {prompt!r} has no token.")
         return Row(encode(host, prompt, any_length=any_length).ids, tuple(inner))
@@ -157,7 +166,7 @@ def fit(host: ModelHost, row: Row, new_tokens: int = 0) -> tuple[Row, bool]:
         room = host.max_length
     if len(row.prompt) <= room:
         return row, False
-    special = set(host.tokenizer.all_special_ids)
+    special = _special_ids(host)
     head = 0
     while head < len(row.prompt) and row.prompt[head] in special:
         head += 1

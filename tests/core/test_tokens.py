@@ -188,6 +188,19 @@ def test_an_encoder_decoder_reads_the_target_alone(tiny_models):
     assert not set(row.targets) & {0, 1, 2}
 
 
+def test_a_space_that_is_a_token_stays_in_an_encoder_decoders_target(toy_host, tiny_models):
+    tokenizer = toy_host("llama").tokenizer  # gives such a token an empty span
+    target = "New Haven and Port Sable"
+    found = tokenizer(target, return_offsets_mapping=True)
+    begun, *rest = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    assert begun[0] == tokenizer.bos_token_id
+    assert any(start == end for _, (start, end) in rest)
+
+    row = join(ModelHost(tiny_models["t5"], tokenizer, "t5"), "Anne lives in", target)
+
+    assert row.targets == tuple(token for token, _ in rest)
+
+
 def test_what_has_no_token_or_too_many_is_refused(toy_host):
     host = toy_host("gpt2")
     long = "Mira Voss lives in " * 80

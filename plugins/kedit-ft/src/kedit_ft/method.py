@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError
@@ -18,7 +20,8 @@ from kedit_ft.hparams import FineTuningHyperParams
 
 
 class FineTuning:
-    """Gradient descent on the MLP output matrices of a few blocks.
+    """Gradient descent on the MLP output matrices of a few blocks, those of all experts where a
+    block has routed ones.
 
     FT-L is the bounded baseline of Zhu et al. 2020 (arXiv:2012.00363), FT-M the objective of
     Zhang et al. 2024 (arXiv:2401.01286).  Trained is the change ΔW beside the frozen weights, in
@@ -32,15 +35,13 @@ class FineTuning:
         """Train the changes on all requests together.
 
         Raises:
-            SiteError: a layer does not exist or has no single MLP output matrix.
+            SiteError: a layer does not exist or has no MLP output matrix.
             EditError: the loss is not finite.
         """
         host, hparams = job.host, self.hparams
         layers = sorted(set(hparams.layers))
-        sites = [host.mlp_out(layer) for layer in layers]
-        changes = [torch.zeros_like(host.weight(s), dtype=torch.float32) for s in sites]
-        for change in changes:
-            change.requires_grad_(True)
+        sites = [site for layer in layers for site in _outputs(host, layer)]
+        changes = [_zeros(host, site).requires_grad_(True) for site in sites]
         rows = [join(host, request.text, request.target_new) for request in job.requests]
         size = hparams.batch_size
         batches = [rows[n : n + size] for n in range(0, len(rows), size)]
@@ -49,8 +50,9 @@ class FineTuning:
         with _added(host, sites, changes):
             history = self._train(changes, losses)
         effects = tuple(
-            WeightDelta(site, change.detach().cpu())
+            delta
             for site, change in zip(sites, changes, strict=True)
+            for delta in _deltas(site, change.detach().cpu())
         )
         return Patch("ft", effects, notes={"losses": history})
 
@@ -110,6 +112,41 @@ def _loss(
     return loss
 
 
+def _outputs(host: ModelHost, layer: int) -> Sequence[Site]:
+    """The MLP output matrix of a block, or the stacks of its experts' ones."""
+    block = host.block(layer)
+    return block.experts if block.mlp_out is None and block.experts else [host.mlp_out(layer)]
+
+
+def _zeros(host: ModelHost, site: Site) -> Tensor:
+    """(d_out, d_in), or a stack as it is stored: (experts, ·, ·)."""
+    if host.stored(site).ndim == 2:
+        return torch.zeros_like(host.weight(site), dtype=torch.float32)
+    return torch.zeros_like(host.parameter(replace(site, expert=0)), dtype=torch.float32)
+
+
+def _deltas(site: Site, change: Tensor) -> Iterator[WeightDelta]:
+    """One for a matrix; of a stack one for each expert that has changed."""
+    if change.ndim == 2:
+        yield WeightDelta(site, change)
+        return
+    for expert, part in enumerate(change):
+        if bool(part.any()):
+            own = replace(site, expert=expert)
+            yield WeightDelta(own, own.view(change))
+
+
+class _Sum(nn.Module):
+    """A stack of matrices with its change added."""
+
+    def __init__(self, change: Tensor) -> None:
+        super().__init__()
+        self._change = change
+
+    def forward(self, stack: Tensor) -> Tensor:
+        return (stack.float() + self._change).to(stack.dtype)
+
+
 @contextlib.contextmanager
 def _added(host: ModelHost, sites: Sequence[Site], changes: Sequence[Tensor]) -> Iterator[None]:
     """Inside the block each site's module computes with its change added to the weight."""
@@ -120,12 +157,12 @@ def _added(host: ModelHost, sites: Sequence[Site], changes: Sequence[Tensor]) ->
 
         return add
 
-    handles = [
-        host.base_module(site.module).register_forward_hook(hook(change))
-        for site, change in zip(sites, changes, strict=True)
-    ]
-    try:
+    with contextlib.ExitStack() as undo:
+        for site, change in zip(sites, changes, strict=True):
+            module, name = host.base_module(site.module), site.parameter.rpartition(".")[2]
+            if change.ndim == 2:
+                undo.callback(module.register_forward_hook(hook(change)).remove)
+            else:
+                parametrize.register_parametrization(module, name, _Sum(change))
+                undo.callback(parametrize.remove_parametrizations, module, name, False)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -79,10 +79,16 @@ def evaluate(options: argparse.Namespace, dataset: str, path: Path, limit: int, 
 def write_page(options: argparse.Namespace) -> None:
     parts = [HEAD.format(model=options.model)]
     for dataset, _, _ in SETS:
-        found = sorted((options.out / dataset).glob("*/result.json"))
+        files = sorted((options.out / dataset).glob("*/result.json"))
+        found = [json.loads(file.read_text("utf-8")) for file in files]
         if found:
-            parts.append(section(dataset, [json.loads(f.read_text("utf-8")) for f in found]))
+            parts.append(section(dataset, sorted(found, key=place)))
     PAGE.write_text("\n".join(parts), "utf-8")
+
+
+def place(result: dict) -> int:
+    """Where a method's column stands."""
+    return METHODS.index(result["method"]) if result["method"] in METHODS else len(METHODS)
 
 
 def section(dataset: str, results: list[dict]) -> str:

@@ -26,7 +26,8 @@ def terminal(results: Sequence[Result]) -> str:
 def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
     """Header and rows: metric and part, moment, unedited, then each method's mean ± s.e. (n).
 
-    A metric's only part is left out where it says what the headline says: the only family.
+    A metric's rows stand together, its headline first.  Its only part is left out where it says
+    what the headline says: the only family.
     """
     header = ("metric", "moment", UNEDITED, *(r["label"] for r in results))
     keys = dict.fromkeys(
@@ -35,8 +36,9 @@ def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
         for s in result["scores"]
         if s["protocol"]["moment"] in (IMMEDIATE, FINAL)
     )
+    metrics = list(dict.fromkeys(metric for metric, _, _ in keys))
     rows = []
-    for metric, part, moment in keys:
+    for metric, part, moment in sorted(keys, key=lambda key: (metrics.index(key[0]), key[1] != "")):
         if part and _is_the_headline_again(results, metric, part):
             continue
         name = f"{metric} [{part}]" if part else metric

@@ -1,15 +1,15 @@
-"""Tables for people say everything once."""
+"""Tables for people say everything once, and what belongs together stands together."""
 
 from kedit_bench.report import score_rows
 
 
-def result(label: str, *scores: tuple) -> dict:
+def result(label: str, *scores: tuple, metric: str = "locality@1") -> dict:
     """Of scores as (part, moment, mean, cases, probes)."""
     return {
         "label": label,
         "scores": [
             {
-                "protocol": {"metric": "locality@1", "part": part, "moment": moment},
+                "protocol": {"metric": metric, "part": part, "moment": moment},
                 "mean": mean,
                 "error": 0.1,
                 "cases": cases,
@@ -35,7 +35,7 @@ def test_the_only_family_is_not_shown_besides_the_headline():
 
 
 def test_a_part_that_differs_anywhere_is_shown():
-    both = ["locality@1 [nq]", "locality@1"]
+    both = ["locality@1", "locality@1 [nq]"]
     other = (("nq", "immediate", 0.5, 4, 4), ("", "immediate", 0.75, 4, 4))
     without = (("nq", "immediate", 0.5, 4, 4), ("", "immediate", 0.5, 4, 8))  # nameless probes
 
@@ -47,8 +47,21 @@ def test_a_part_that_differs_anywhere_is_shown():
 def test_several_families_are_shown_even_if_they_are_alike():
     several = (*SAME[:1], ("pq", "immediate", 0.5, 4, 4), ("", "immediate", 0.5, 4, 8))
 
-    assert names(result("a", *several)) == ["locality@1 [nq]", "locality@1 [pq]", "locality@1"]
+    assert names(result("a", *several)) == ["locality@1", "locality@1 [nq]", "locality@1 [pq]"]
 
 
 def test_a_metric_without_a_headline_shows_its_part():
     assert names(result("a", ("nq", "immediate", 0.5, 4, 4))) == ["locality@1 [nq]"]
+
+
+def test_a_family_that_comes_late_stands_with_its_metric():
+    first = result("a", ("nq", "immediate", 0.5, 4, 4), ("", "immediate", 0.6, 4, 8))
+    other = result("a", ("", "immediate", 0.6, 4, 8), metric="efficacy@1")
+    late = result("b", ("pq", "immediate", 0.5, 4, 4))
+
+    assert names(first, other, late) == [
+        "locality@1",
+        "locality@1 [nq]",
+        "locality@1 [pq]",
+        "efficacy@1",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ def measured(device: torch.device) -> Iterator[Effort]:
         effort.host_bytes = max(0, peak - resident)
 
 
+def _give_back_freed() -> None:
+    """Let glibc return what is freed to the system; what reuses it would not count."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _memory_module(device: torch.device) -> ModuleType | None:
     """What counts memory on this kind of device: `torch.cuda` and its like."""
     module = getattr(torch, device.type, None)
@@ -62,6 +69,7 @@ def _host_peak(reset: bool = False) -> int | None:
     """Peak of resident memory in bytes since the last reset (Linux)."""
     try:
         if reset:
+            _give_back_freed()
             _RESET.write_text("5")
         found = next(s for s in _STATUS.read_text().splitlines() if s.startswith("VmHWM"))
         return int(found.split()[1]) * 1024

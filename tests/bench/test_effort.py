@@ -73,6 +73,17 @@ def test_tensors_count(tells):
     assert 40 * MB < found.host_bytes < 120 * MB
 
 
+def test_memory_that_was_freed_before_counts_again(tells):
+    fill(30)  # blocks of up to 30 MB come from the heap from here on
+    heap = [fill(1) for _ in range(50)]
+    del heap  # freed, and kept by the process
+    with measured(CPU) as found:
+        fill(29)
+
+    assert found.host_bytes is not None
+    assert 20 * MB < found.host_bytes < 120 * MB
+
+
 def test_a_system_that_does_not_tell_gives_no_number(monkeypatch, tmp_path):
     for name in ("_STATUS", "_RESET"):
         monkeypatch.setattr(effort, name, tmp_path / "none" / name)

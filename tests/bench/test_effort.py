@@ -33,12 +33,13 @@ def tells() -> None:
 
 
 def test_seconds_are_those_of_the_block():
+    started = time.perf_counter()
     time.sleep(0.1)
     with measured(CPU) as found:
         time.sleep(0.2)
     time.sleep(0.1)
 
-    assert 0.2 <= found.seconds < 2  # a machine that is busy with other things sleeps longer
+    assert 0.2 <= found.seconds <= time.perf_counter() - started - 0.2
 
 
 def test_nothing_is_filled_in_before_the_end():

@@ -266,7 +266,7 @@ def test_judgements_of_a_case_run_together(stub):
     together = threading.Barrier(4)  # passes only while four calls are under way
 
     def say(prompt):
-        together.wait(timeout=5)
+        together.wait(timeout=30)
         return "A"
 
     stub.say = say

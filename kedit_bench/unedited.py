@@ -23,6 +23,7 @@ from kedit_core.ask import (
     answer_to_json,
     question_to_json,
 )
+from kedit_core.digest import bit_sums
 from kedit_core.editing import EditSession, ModelHost
 from kedit_core.errors import EditError
 from kedit_core.paths import cache_root
@@ -149,21 +150,8 @@ def weights_digest(host: ModelHost) -> str:
     digest = hashlib.sha256()
     for name, tensor in host.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(str(_sums(tensor)).encode())
+        digest.update(bit_sums(tensor))
     return digest.hexdigest()
-
-
-def _sums(tensor: Tensor) -> tuple[int, ...]:
-    """Two sums of the values' bits, the second one weighted by place; they wrap around."""
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().reshape(-1).view(sizes[tensor.element_size()])
-    total = weighted = 0
-    for start in range(0, len(bits), 1 << 22):
-        part = bits[start : start + (1 << 22)].to(torch.int64)
-        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
-        total += int(part.sum())
-        weighted += int((part * (places * 2654435761 % 4294967291)).sum())
-    return total, weighted
 
 
 def _kl(p: Tensor, q: Tensor) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy
+from kedit_core.digest import bit_sums
 from kedit_core.effects import Wrapper
 from kedit_core.errors import ModelError, SiteError
 from kedit_core.models import config_facts, locate
@@ -27,7 +28,6 @@ from kedit_core.spec import ArchitectureSpec
 log = logging.getLogger(__name__)
 
 _CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-_SAMPLES = 256  # values of each parameter that enter the fingerprint
 
 
 class ModelHost:
@@ -266,21 +266,16 @@ class ModelHost:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Short name for config and weights together: a hash of the config and of values
-        spread over every parameter.
+        """Short name for config and weights together: a hash of the config and of every parameter.
 
-        An edit spread over a matrix changes it; one of a single row or column may not, for which
-        there is `checksum`.  To be taken of the unedited model; `EditSession` does.
+        To be taken of the unedited model; `EditSession` does.
         """
         config = _architecture(self.model.config.to_dict())
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             if not parameter.is_meta:
-                flat = parameter.detach().reshape(-1)
-                # Odd, so that samples of a matrix with even sides lie in different columns.
-                step = max(1, flat.numel() // _SAMPLES) | 1
-                digest.update(_bytes(flat[::step]))
+                digest.update(bit_sums(parameter))
         return digest.hexdigest()[:16]
 
 

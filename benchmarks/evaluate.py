@@ -1,13 +1,15 @@
-"""Asking a model before and after an edit: all probes of a case together, or one at a time.
+"""Evaluating an edited model: as `kedit eval` does it, or one question at a time.
 
     python benchmarks/evaluate.py --data counterfact.json        smollm2-135m, CounterFact records
     python benchmarks/evaluate.py --toy                          a few seconds, to see that it runs
 
 Plain: every question is a batch of its own, before and after, for every case.  Together: what
-`kedit eval` does in the regime `single`: the unedited side in large batches, the edited side case
-by case.  Answers that were kept from an earlier run are not used.  Both ways ask the same, and
-their scores are compared.  The plain way is measured on the first `--plain` cases only.  The
-share of time outside the model's own forward passes is reported too.
+`kedit eval` does in the regime `single`, from the cases' file to the result, with a method whose
+edit costs nothing: the unedited side in large batches, the edited side case by case, a journal of
+the answers, and the scores of what is read back.  Answers that were kept from an earlier run are
+not used.  Both ways ask the same, and their scores are compared.  The plain way is measured on the
+first `--plain` cases only.  The share of time outside the model's own forward passes is reported
+too.
 """
 
 from __future__ import annotations
@@ -24,14 +26,49 @@ from pathlib import Path
 
 import torch
 
-from kedit_bench.scoring import IMMEDIATE, Scorer, choose_metrics
+from kedit_bench.cell import Cell
+from kedit_bench.regime import Regime
+from kedit_bench.results import write_result
+from kedit_bench.run import Run
+from kedit_bench.scoring import IMMEDIATE, Measurement, Scorer, choose_metrics
 from kedit_bench.unedited import AnswerCache, Asker
-from kedit_core import EditCase, EditRequest, Probe, discover
-from kedit_core.ask import Answer, Question
-from kedit_core.editing import EditSession, ModelHost, Patch, WeightDelta
+from kedit_core import EditCase, EditRequest, HyperParams, MethodSpec, Probe, discover
+from kedit_core.ask import Answer, Answers, Question
+from kedit_core.editing import EditJob, EditSession, ModelHost, Patch, WeightDelta
 from kedit_core.testing.toys import load_toy, toy_facts
 
 WHERE = {"schedule": "single", "model": "-", "dtype": "-", "dataset": "-"}
+
+
+class SmallChange:
+    """An edit that costs nothing; what it is does not matter here."""
+
+    def __init__(self, hparams: HyperParams) -> None:
+        pass
+
+    def edit(self, job: EditJob) -> Patch:
+        site = job.host.mlp_out(1)
+        d_out, d_in = job.host.weight(site).shape
+        left, right = torch.full((d_out, 1), 1e-4), torch.full((1, d_in), 1e-3)
+        return Patch("small-change", (WeightDelta(site, left, right),))
+
+
+METHOD = MethodSpec(
+    "small-change", f"{__name__}:SmallChange", "", hparams="kedit_core.hparams:HyperParams"
+)
+
+
+class Noting(Scorer):
+    """A scorer that notes the values of the edited side."""
+
+    values: list[float]
+
+    def score(
+        self, case: EditCase, before: Answers, after: Answers, moment: str
+    ) -> list[Measurement]:
+        found = super().score(case, before, after, moment)
+        self.values += [measurement.value for measurement in found]
+        return found
 
 
 def main() -> None:
@@ -50,9 +87,8 @@ def main() -> None:
     chosen = choose_metrics(
         catalog, wanted, None if options.toy else catalog.dataset(options.dataset)
     )
-    scorer = Scorer(chosen, WHERE)
+    scorer = Noting(chosen, WHERE)
     session = EditSession(host, catalog=catalog)
-    session.apply(small_change(host))  # what the edit is does not matter here
     few = cases[: options.plain]
 
     one_by_one(session, scorer, few[:1])  # warm up
@@ -107,22 +143,15 @@ def toy_cases() -> list[EditCase]:
     ]
 
 
-def small_change(host: ModelHost) -> Patch:
-    site = host.mlp_out(1)
-    d_out, d_in = host.weight(site).shape
-    ones = torch.ones(d_out, 1), torch.ones(1, d_in)
-    return Patch("by-hand", (WeightDelta(site, ones[0] * 1e-4, ones[1] * 1e-3),))
-
-
-def one_by_one(session: EditSession, scorer: Scorer, cases: Sequence[EditCase]) -> list[float]:
+def one_by_one(session: EditSession, scorer: Noting, cases: Sequence[EditCase]) -> list[float]:
     """Every question alone, on both sides, again for every case."""
-    values = []
+    scorer.values = []
     for case in cases:
         questions = scorer.questions(case)
-        with session.suspended():
-            before = alone(session, questions)
-        values += scores(scorer, case, before, alone(session, questions))
-    return values
+        before = alone(session, questions)
+        with session.trial(METHOD, case.requests, hparams=HyperParams()):
+            scorer.score(case, before, alone(session, questions), IMMEDIATE)
+    return scorer.values
 
 
 def alone(session: EditSession, questions: Sequence[Question]) -> dict[Question, Answer]:
@@ -132,21 +161,17 @@ def alone(session: EditSession, questions: Sequence[Question]) -> dict[Question,
     return answers
 
 
-def together(session: EditSession, scorer: Scorer, cases: Sequence[EditCase]) -> list[float]:
-    """The unedited side in batches over cases, the edited side in batches over a case's probes."""
-    values = []
+def together(session: EditSession, scorer: Noting, cases: Sequence[EditCase]) -> list[float]:
+    """As `kedit eval`: a run's folder with its cases, a cell, and its result."""
+    scorer.values = []
     with tempfile.TemporaryDirectory() as folder:
         asker = Asker(session, AnswerCache({"of": "this run"}, Path(folder)))
-        for start in range(0, len(cases), 16):
-            group = cases[start : start + 16]
-            before = asker.unedited([q for case in group for q in scorer.questions(case)])
-            for case in group:
-                values += scores(scorer, case, before, asker.edited(scorer.questions(case)))
-    return values
-
-
-def scores(scorer: Scorer, case: EditCase, before: dict, after: dict) -> list[float]:
-    return [m.value for m in scorer.score(case, before, after, IMMEDIATE)]
+        run = Run(Path(folder) / "run")
+        run.begin({}, cases, None)
+        cell = Cell(run.folder / "cell", METHOD, HyperParams(), Regime.parse("single"), scorer)
+        cell.run(session, asker, run.cases())
+        write_result(cell.folder, {}, run.cases(), scorer)
+    return scorer.values
 
 
 def timed(host: ModelHost, work):

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from kedit_bench.report import effort_rows, protocol_rows, score_rows
+from kedit_bench.report import cases_note, effort_rows, protocol_rows, score_rows
 from kedit_core.cli import main as kedit
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -94,6 +94,8 @@ def place(result: dict) -> int:
 def section(dataset: str, results: list[dict]) -> str:
     """Scores, effort and protocols of one dataset."""
     lines = [f"## {dataset}", "", *table(*score_rows(results)), ""]
+    if note := cases_note(results):
+        lines += [note, ""]
     lines += [*table(*effort_rows(results)), ""]
     for result in results:
         for key, what in (("left_out", "left out"), ("failed", "failed, scored without it")):

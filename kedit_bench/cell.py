@@ -25,6 +25,7 @@ from kedit_core.editing import EditSession
 from kedit_core.errors import EditError, RequestError
 from kedit_core.hookspecs import CaseMeasured
 from kedit_core.hparams import HyperParams
+from kedit_core.protocols import Preparable
 from kedit_core.request import EditCase, EditRequest
 from kedit_core.spec import MethodSpec
 from kedit_core.stack import SavedStack, read_stack, write_stack
@@ -83,7 +84,8 @@ class Cell:
 
     @property
     def journal(self) -> Journal:
-        """The lines: answers of a case at a moment, figures of the model, cases left out."""
+        """The lines: seconds of preparation, answers of a case at a moment, figures of the model,
+        cases left out."""
         return Journal(self.folder / ANSWERS)
 
     def run(
@@ -110,6 +112,7 @@ class Cell:
         """
         done = _Done(self.journal)
         done.append(self.journal, self._figures(session, done, UNEDITED))
+        self._prepare(session, done)
         try:
             if self.regime.keeps:
                 self._sequence(session, asker, cases, done, tick)
@@ -117,6 +120,18 @@ class Cell:
                 self._apart(session, asker, cases, done, tick)
         finally:
             session.rollback()
+
+    def _prepare(self, session: EditSession, done: _Done) -> None:
+        """Make what the method makes once, before the first edit, so that no edit's time has it."""
+        if done.begun or not isinstance(self.spec.load()(self.hparams), Preparable):
+            return
+        try:
+            with measured(session.host.device) as effort:
+                session.prepare(self.spec, hparams=self.hparams)
+        except EditError as error:  # as each edit will say
+            log.warning("%s cannot be prepared: %s", self.spec.name, error)
+            return
+        done.append(self.journal, [{"preparation": effort.seconds}])
 
     # -- each step on the unedited model ----------------------------------------------------
 
@@ -361,8 +376,14 @@ class _Done:
         self.answered: set[tuple[int, str]] = set()
         self.left_out: set[int] = set()
         self.figures: set[tuple[int | None, str]] = set()
+        self.prepared = False
         for line in journal.lines():
             self._note(line)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the method was prepared, or has edited without it."""
+        return self.prepared or bool(self.answered)
 
     def has(self, cases: Iterable[Numbered], moment: str) -> bool:
         """Whether each of the cases was answered at this moment, or left out."""
@@ -379,6 +400,8 @@ class _Done:
     def _known(self, line: Mapping[str, Any]) -> bool:
         if "figures" in line:
             return (line["case"], line["moment"]) in self.figures
+        if "preparation" in line:
+            return self.prepared
         if "left_out" in line:
             return line["n"] in self.left_out
         return (line["n"], line["moment"]) in self.answered
@@ -386,6 +409,8 @@ class _Done:
     def _note(self, line: Mapping[str, Any]) -> None:
         if "figures" in line:
             self.figures.add((line["case"], line["moment"]))
+        elif "preparation" in line:
+            self.prepared = True
         elif "left_out" in line:
             self.left_out.add(line["n"])
         else:

@@ -14,7 +14,7 @@ import typer
 
 from kedit_bench.journal import only_one
 from kedit_bench.regime import Regime
-from kedit_bench.results import results_of, scorer_of, write_result
+from kedit_bench.results import read_result, results_of, scorer_of, write_result
 from kedit_bench.run import Run, digest_of, with_probes
 from kedit_bench.scoring import Chosen, choose_metrics
 from kedit_core.cli import options, printing
@@ -159,14 +159,14 @@ def evaluate(
             _run_cell(session, asker, run, count, w, how, chosen, identity, preset, hparams)
             for w in wanted
         ]
-        from kedit_bench.report import terminal, write_reports
+        from kedit_bench.report import write_reports
 
         labels = {w.label for w in wanted}
         earlier = [result for result in results_of(run) if result["label"] not in labels]
         write_reports(run, [*earlier, *results])
         if as_json:
             return printing.echo_json({"run": run.identity, "results": results})
-        typer.echo(terminal(results))
+        _show(results)
         for line in _notes(run, count, results):
             typer.echo(line, err=True)
         if out is not None:
@@ -181,21 +181,38 @@ def rescore(
 ) -> None:
     """Compute metrics anew from kept answers; no model is needed.
 
-    Scores of other metrics stay as they are.
+    Scores of other metrics stay as they are.  A method that was not evaluated to the end is
+    passed over.
     """
     run = Run(folder)
     identity = run.identity
-    if not run.cells():
-        raise DataError(f"{folder} holds no method's answers.")
     chosen = choose_metrics(discover(), metric or identity["metrics"])
     scorer = scorer_of(identity, chosen)
-    results = [write_result(cell, run.about(cell), run.cases(), scorer) for cell in run.cells()]
-    from kedit_bench.report import terminal, write_reports
+    with only_one(folder):
+        cells = [cell for cell in run.cells() if read_result(cell) is not None]
+        if not cells:
+            raise DataError(
+                f"{folder} holds no method that was evaluated to the end. Give the same `kedit "
+                f"eval` command again, and it goes on."
+            )
+        for cell in run.cells():
+            if cell not in cells:
+                typer.echo(f"{run.about(cell)['label']} was not evaluated to the end.", err=True)
+        results = [write_result(cell, run.about(cell), run.cases(), scorer) for cell in cells]
+        from kedit_bench.report import write_reports
 
-    write_reports(run, results)
+        write_reports(run, results)
     if as_json:
         return printing.echo_json({"run": identity, "results": results})
+    _show(results)
+
+
+def _show(results: Sequence[dict[str, Any]]) -> None:
+    from kedit_bench.report import cases_note, terminal
+
     typer.echo(terminal(results))
+    if note := cases_note(results):
+        typer.echo(note, err=True)
 
 
 def _methods(
@@ -284,6 +301,8 @@ def _notes(run: Run, count: int, results: Sequence[dict[str, Any]]) -> Iterator[
         if seconds is not None:
             made = result["cases"] - len(result["failed"])
             yield f"{result['label']}: {seconds:.2f} s per edit (median of {made})."
+        if result["preparation_seconds"] is not None:
+            yield f"{result['label']}: {result['preparation_seconds']:.1f} s of preparation."
         if result["left_out"]:
             reason = next(iter(result["left_out"].values()))
             yield f"{result['label']} left out {len(result['left_out'])} cases: {reason}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from kedit_bench.results import ages_of
 from kedit_bench.run import Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED
 from kedit_core.cli.printing import table
@@ -15,6 +16,12 @@ from kedit_core.files import new_file
 
 Result = Mapping[str, Any]
 Row = tuple[str, ...]
+Table = tuple[Row, list[Row]]
+
+OTHER_CASES = (
+    "Not all methods are scored on the same cases, so a difference between them need not come from "
+    "their edits."
+)
 
 
 def terminal(results: Sequence[Result]) -> str:
@@ -23,13 +30,14 @@ def terminal(results: Sequence[Result]) -> str:
     return table(rows, header)
 
 
-def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
+def score_rows(results: Sequence[Result]) -> Table:
     """Header and rows: metric and part, moment, unedited, then each method's mean ± s.e. (n).
 
-    A metric's rows stand together, its headline first.  Its only part is left out where it says
-    what the headline says: the only family.
+    The unedited model's mean is that of the method with the most cases; its n is told where a
+    method has another.  A metric's rows stand together, its headline first.  Its only part is left
+    out where it says what the headline says: the only family.
     """
-    header = ("metric", "moment", UNEDITED, *(r["label"] for r in results))
+    header = ("metric", "moment", UNEDITED, *_labels(results))
     keys = dict.fromkeys(
         (s["protocol"]["metric"], s["protocol"]["part"], s["protocol"]["moment"])
         for result in results
@@ -42,14 +50,43 @@ def score_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
         if part and _is_the_headline_again(results, metric, part):
             continue
         name = f"{metric} [{part}]" if part else metric
-        unedited = next(filter(None, (_find(r, metric, part, UNEDITED) for r in results)), None)
-        means = (_find(result, metric, part, moment) for result in results)
-        rows.append((name, moment, _shown(unedited, False), *(_shown(m, True) for m in means)))
+        means = [_find(result, metric, part, moment) for result in results]
+        unedited = _unedited(results, metric, part)
+        first = _shown(unedited, error=False, cases=len(_numbers([unedited, *means])) > 1)
+        rows.append((name, moment, first, *map(_shown, means)))
     return header, rows
 
 
+def cases_note(results: Sequence[Result]) -> str:
+    """A sentence where methods that stand side by side have other cases; or nothing."""
+    keys = dict.fromkeys(
+        (s["protocol"]["metric"], s["protocol"]["part"], s["protocol"]["moment"])
+        for result in results
+        for s in result["scores"]
+        if s["protocol"]["moment"] != UNEDITED
+    )
+    rows = ([_find(result, *key) for result in results] for key in keys)
+    same = len({frozenset(result["left_out"]) for result in results}) <= 1
+    return "" if same and all(len(_numbers(row)) == 1 for row in rows) else OTHER_CASES
+
+
+def _labels(results: Sequence[Result]) -> Row:
+    return tuple(str(result["label"]) for result in results)
+
+
+def _unedited(results: Sequence[Result], metric: str, part: str) -> Mapping[str, Any] | None:
+    """The unedited model's score over the most cases."""
+    found = filter(None, (_find(result, metric, part, UNEDITED) for result in results))
+    return max(found, key=lambda score: score["cases"], default=None)
+
+
+def _numbers(scores: Sequence[Mapping[str, Any] | None]) -> set[int]:
+    """Numbers of cases that scores are taken over."""
+    return {score["cases"] for score in scores if score is not None}
+
+
 def _is_the_headline_again(results: Sequence[Result], metric: str, part: str) -> bool:
-    """Whether it is the metric's only part, and every figure of it is the headline's."""
+    """Whether it is of the metric's only family, and says what stands there without the family."""
     figures: dict[str, list[tuple[Any, ...]]] = {}
     for number, result in enumerate(results):
         for score in result["scores"]:
@@ -57,7 +94,10 @@ def _is_the_headline_again(results: Sequence[Result], metric: str, part: str) ->
             if p["metric"] == metric:
                 told = (score[key] for key in ("mean", "error", "cases", "probes"))
                 figures.setdefault(p["part"], []).append((number, p["moment"], *told))
-    return set(figures) == {"", part} and sorted(figures[""]) == sorted(figures[part])
+    family, _, figure = part.partition(".")
+    made = {name.partition(".")[2] for name in figures}  # figures of a family, and of all of them
+    others = {name for name in figures if "." not in name} - made - {family}
+    return not others and sorted(figures.get(figure, ())) == sorted(figures[part])
 
 
 def _find(result: Result, metric: str, part: str, moment: str) -> Mapping[str, Any] | None:
@@ -68,13 +108,66 @@ def _find(result: Result, metric: str, part: str, moment: str) -> Mapping[str, A
     return None
 
 
-def _shown(score: Mapping[str, Any] | None, with_error: bool) -> str:
+def _shown(score: Mapping[str, Any] | None, error: bool = True, cases: bool = True) -> str:
     if score is None:
         return "–"
     text = f"{score['mean']:.3f}"
-    if with_error and score["error"] is not None:
+    if error and score["error"] is not None:
         text += f" ± {score['error']:.3f}"
-    return f"{text} ({score['cases']})" if with_error else text
+    return f"{text} ({score['cases']})" if cases else text
+
+
+def retention(results: Sequence[Result]) -> list[tuple[str, Table]]:
+    """What is left of the edits of a sequence: tables that have rows, after their headings."""
+    tables = [
+        ("Retention at the end, by age of the edit", age_rows(results)),
+        ("Retention by number of edits", checkpoint_rows(results)),
+    ]
+    return [(heading, table) for heading, table in tables if table[1]]
+
+
+def age_rows(results: Sequence[Result]) -> Table:
+    """Header and rows: metric, age of the edit, then each method's mean after all edits."""
+    found = [{(p["protocol"]["metric"], *p["age"]): p for p in _at_the_end(r)} for r in results]
+    rows: list[Row] = []
+    for metric, low, high in _by_metric(key for points in found for key in points):
+        age = f"{low}" if low == high else f"{low}–{high}"
+        rows.append((metric, age, *(_shown(points.get((metric, low, high))) for points in found)))
+    return ("metric", "cases edited later", *_labels(results)), rows
+
+
+def _at_the_end(result: Result) -> list[dict[str, Any]]:
+    """Means by age, on the model with all edits."""
+    return [point for point in ages_of(result) if point["protocol"]["moment"] == FINAL]
+
+
+def checkpoint_rows(results: Sequence[Result]) -> Table:
+    """Header and rows: metric, cases edited so far, then each method's mean over them."""
+    found = [{(s["protocol"]["metric"], t): s for t, s in _checkpoints(r)} for r in results]
+    rows: list[Row] = [
+        (metric, str(t), *(_shown(points.get((metric, t))) for points in found))
+        for metric, t in _by_metric(key for points in found for key in points)
+    ]
+    return ("metric", "cases edited so far", *_labels(results)), rows
+
+
+def _checkpoints(result: Result) -> list[tuple[int, Mapping[str, Any]]]:
+    """Headline scores with the number of cases edited so far; none without a checkpoint."""
+    found = []
+    for score in result["scores"]:
+        moment = score["protocol"]["moment"]
+        if not score["protocol"]["part"] and moment.startswith("after "):
+            found.append((int(moment.split()[1]), score))
+        elif not score["protocol"]["part"] and moment == FINAL:
+            found.append((result["cases"] + len(result["left_out"]), score))
+    return found if any(score["protocol"]["moment"] != FINAL for _, score in found) else []
+
+
+def _by_metric(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Keys that begin with a metric, each once; metrics as they come, the rest in order."""
+    listed = list(dict.fromkeys(keys))
+    metrics = list(dict.fromkeys(metric for metric, *_ in listed))
+    return sorted(listed, key=lambda key: (metrics.index(key[0]), key[1:]))
 
 
 def write_reports(run: Run, results: Sequence[Result]) -> None:
@@ -88,8 +181,10 @@ def write_reports(run: Run, results: Sequence[Result]) -> None:
 def markdown(run: Run, results: Sequence[Result]) -> str:
     """Scores, effort, protocols and what was left out."""
     parts = [f"# {title(run)}", "", *_md_table(*score_rows(results))]
-    parts += ["", "Mean ± standard error (cases).", "", "## Effort", ""]
-    parts += _md_table(*effort_rows(results))
+    parts += ["", f"Mean ± standard error (cases). {cases_note(results)}".strip(), ""]
+    for heading, rows in retention(results):
+        parts += [f"## {heading}", "", *_md_table(*rows), ""]
+    parts += ["## Effort", "", *_md_table(*effort_rows(results))]
     parts += ["", "## How it was measured", "", *_md_table(*protocol_rows(results))]
     parts += ["", "## The run", "", *_md_table(("", ""), identity_rows(run)), ""]
     for heading, lines in notes(run, results):
@@ -106,6 +201,8 @@ def html(run: Run, results: Sequence[Result]) -> str:
     return template.render(
         title=title(run),
         scores=score_rows(results),
+        note=cases_note(results),
+        retention=retention(results),
         effort=effort_rows(results),
         protocols=protocol_rows(results),
         identity=identity_rows(run),
@@ -120,13 +217,17 @@ def title(run: Run) -> str:
     return f"{about['model']} on {about['dataset']}, {about['regime']}"
 
 
-def effort_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
-    """Seconds and memory of each method's edits."""
-    header = ("method", "cases", "s per edit (median)", "s in all", "peak host", "peak device")
+def effort_rows(results: Sequence[Result]) -> Table:
+    """Seconds of each method's preparation, and seconds and memory of its edits."""
+    header = (
+        *("method", "cases", "s of preparation", "s per edit (median)", "s of all edits"),
+        *("peak host", "peak device"),
+    )
     rows: list[Row] = [
         (
             str(r["label"]),
             str(r["cases"]),
+            _or_dash(r.get("preparation_seconds"), "{:.1f}"),
             _or_dash(r["seconds_per_edit"], "{:.2f}"),
             f"{r['seconds']:.1f}",
             _or_dash(r["peak_host_bytes"], "{:.0f} MB", 1e-6),
@@ -141,7 +242,7 @@ def _or_dash(value: float | None, form: str, scale: float = 1.0) -> str:
     return "–" if value is None else form.format(value * scale)
 
 
-def protocol_rows(results: Sequence[Result]) -> tuple[Row, list[Row]]:
+def protocol_rows(results: Sequence[Result]) -> Table:
     """How each metric asks and scores."""
     header = ("metric", "probe", "decoding", "scorer", "reference", "form")
     rows = dict.fromkeys(
@@ -197,7 +298,8 @@ def plots(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
 
     drawings: list[tuple[str, Callable[[Any, Sequence[Result]], bool]]] = [
         ("Efficacy against locality", _draw_trade),
-        ("Retention by age of the edit", _draw_retention),
+        ("Retention at the end, by age of the edit", _draw_ages),
+        ("Retention by number of edits", _draw_checkpoints),
         ("Seconds per edit", _draw_time),
     ]
     for heading, draw in drawings:
@@ -233,22 +335,33 @@ def _first(result: Result, *metrics: str) -> Mapping[str, Any] | None:
     return next(filter(None, found), None)
 
 
-def _draw_retention(axes: Any, results: Sequence[Result]) -> bool:
+def _draw_ages(axes: Any, results: Sequence[Result]) -> bool:
+    axes.set_xlabel("cases edited since its own step")
+    curves = [[(p["age"][0], p) for p in _at_the_end(result)] for result in results]
+    return _draw_efficacy(axes, results, curves)
+
+
+def _draw_checkpoints(axes: Any, results: Sequence[Result]) -> bool:
+    axes.set_xlabel("cases edited so far")
+    return _draw_efficacy(axes, results, [_checkpoints(result) for result in results])
+
+
+def _draw_efficacy(
+    axes: Any,
+    results: Sequence[Result],
+    curves: Sequence[Sequence[tuple[int, Mapping[str, Any]]]],
+) -> bool:
+    """Each method's first metric of efficacy, against a number of cases."""
     found = False
-    for result in results:
-        points = [p for p in result["retention"] if p["metric"].startswith("efficacy/")]
-        metric = points[0]["metric"] if points else ""
-        points = [p for p in points if p["metric"] == metric]
+    for result, curve in zip(results, curves, strict=True):
+        named = [(x, s["protocol"]["metric"], s["mean"]) for x, s in curve]
+        metric = next((name for _, name, _ in named if name.startswith("efficacy/")), None)
+        points = sorted((x, mean) for x, name, mean in named if name == metric)
         if points:
             found = True
-            axes.plot(
-                [p["age"][0] for p in points],
-                [p["mean"] for p in points],
-                marker="o",
-                label=f"{result['label']}: {metric}",
-            )
+            label = f"{result['label']}: {metric}"
+            axes.plot([x for x, _ in points], [mean for _, mean in points], marker="o", label=label)
     axes.set_xscale("symlog")
-    axes.set_xlabel("cases edited since its own step")
     axes.set_ylim(-0.02, 1.02)
     axes.legend() if found else None
     return found

@@ -12,7 +12,16 @@ from typing import Any
 from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
 from kedit_bench.run import Cases, Run
-from kedit_bench.scoring import FINAL, IMMEDIATE, Chosen, Mean, Measurement, Scorer
+from kedit_bench.scoring import (
+    FINAL,
+    IMMEDIATE,
+    Chosen,
+    Mean,
+    Measurement,
+    Protocol,
+    Scorer,
+    Tally,
+)
 from kedit_core.ask import Answer, Question, answer_from_json, question_from_json
 from kedit_core.errors import DataError
 from kedit_core.files import write_json
@@ -28,18 +37,21 @@ class Measured:
     Attributes:
         scores: means of all moments, those of the unedited model among them.
         cases: how many were edited, or should have been: all but those left out.
+        preparation: seconds of what was made once, before the first edit; None where the method
+            makes nothing ahead, or it was not timed apart.
         seconds: of each case's edit that did not fail.
         host_bytes, device_bytes: the highest of all edits; None where it was not measured.
         left_out: reason by number of the case.
         failed: the same for edits that failed.
         merged, cut: answers whose first token holds characters of the prompt, and those whose
             prompt was too long.
-        by_age: in a sequence, how many values of a headline metric there are, and their sum, by
-            metric and bits of the number of cases in later steps than the case's own.
+        by_age: in a sequence, the values of a headline metric at a moment, by bits of the number
+            of cases in later steps than the case's own.
     """
 
     scores: list[Mean] = field(default_factory=list)
     cases: int = 0
+    preparation: float | None = None
     seconds: list[float] = field(default_factory=list)
     host_bytes: int | None = None
     device_bytes: int | None = None
@@ -47,7 +59,7 @@ class Measured:
     failed: dict[int, str] = field(default_factory=dict)
     merged: int = 0
     cut: int = 0
-    by_age: dict[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
+    by_age: dict[Protocol, dict[int, Tally]] = field(default_factory=dict)
 
 
 def score_journal(journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer) -> Measured:
@@ -73,6 +85,8 @@ def _measurements(
             if "figures" in line:
                 for chosen, _ in scorer.of_models():
                     yield from scorer.figures(chosen, line["figures"][chosen.name], line["moment"])
+            elif "preparation" in line:
+                found.preparation = line["preparation"]
             elif "left_out" in line:
                 found.left_out[line["n"]] = line["left_out"]
             else:
@@ -134,15 +148,15 @@ def _answers(line: Mapping[str, Any], side: str) -> dict[Question, Answer]:
 
 
 def _higher(known: int | None, new: int | None) -> int | None:
-    return max(filter(None, (known, new)), default=None)
+    return max((peak for peak in (known, new) if peak is not None), default=None)
 
 
 def _note_age(found: Measured, age: int, scored: Iterable[Measurement]) -> None:
     for measurement in scored:
-        if not measurement.protocol.part:
-            key = measurement.protocol.metric, age.bit_length()
-            count, total = found.by_age.get(key, (0, 0.0))
-            found.by_age[key] = count + 1, total + measurement.value
+        protocol = measurement.protocol
+        if not protocol.part:
+            ages = found.by_age.setdefault(protocol, {})
+            ages.setdefault(age.bit_length(), Tally(protocol)).add(measurement)
 
 
 def write_result(
@@ -166,7 +180,7 @@ def write_result(
     anew, earlier = {chosen.name for chosen in scorer.chosen}, read_result(folder)
     if earlier is not None:
         scores = [s for s in earlier["scores"] if s["protocol"]["metric"] not in anew]
-        retention = [r for r in earlier["retention"] if r["metric"] not in anew]
+        retention = [r for r in ages_of(earlier) if r["protocol"]["metric"] not in anew]
         result["scores"] = [*scores, *result["scores"]]
         result["retention"] = [*retention, *result["retention"]]
     write_json(folder / RESULT, result)
@@ -188,6 +202,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} cannot be read: {error}. Remove it and try again.") from None
 
 
+def ages_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The means by age of a result; what an earlier version wrote mixes moments and is not one."""
+    return [point for point in result["retention"] if "protocol" in point]
+
+
 def results_of(run: Run) -> list[dict[str, Any]]:
     """The results of all methods of a run that were evaluated to the end, by name."""
     return [result for cell in run.cells() if (result := read_result(cell)) is not None]
@@ -195,16 +214,24 @@ def results_of(run: Run) -> list[dict[str, Any]]:
 
 def scorer_of(identity: Mapping[str, Any], chosen: Sequence[Chosen]) -> Scorer:
     """The scorer of a run: its scores say on what model, data and regime they were made."""
-    data = identity["data"]
     return Scorer(
         chosen,
         {
             "schedule": identity["regime"],
             "model": identity["model"],
             "dtype": identity["dtype"],
-            "dataset": f"{identity['dataset']} {data[:12]}" if data else identity["dataset"],
+            "dataset": _data(identity),
         },
     )
+
+
+def _data(identity: Mapping[str, Any]) -> str:
+    """The dataset and the probes asked besides, each with a digest of its file."""
+    named = [(identity["dataset"], identity["data"])]
+    probes = identity.get("probes") or {}
+    named += [(pair.partition("=")[0], digest) for pair, digest in probes.items()]
+    text = " + ".join(f"{name} {digest[:12]}" if digest else name for name, digest in named)
+    return f"{text} ({identity['probes_per_case']} a case)" if probes else text
 
 
 def _figures(found: Measured) -> dict[str, Any]:
@@ -215,6 +242,7 @@ def _figures(found: Measured) -> dict[str, Any]:
         "failed": {str(n): reason for n, reason in found.failed.items()},
         "merged_answers": found.merged,
         "cut_prompts": found.cut,
+        "preparation_seconds": found.preparation,
         "seconds_per_edit": median(found.seconds) if found.seconds else None,
         "seconds": sum(found.seconds),
         "peak_host_bytes": found.host_bytes,
@@ -228,14 +256,10 @@ def _mean(mean: Mean) -> dict[str, Any]:
     return {**asdict(mean), "protocol": asdict(mean.protocol)}
 
 
-def _retention(by_age: Mapping[tuple[str, int], tuple[int, float]]) -> list[dict[str, Any]]:
-    """Means by metric and age of the edit, in ages that double: 0, 1, 2-3, 4-7, …"""
+def _retention(by_age: Mapping[Protocol, Mapping[int, Tally]]) -> list[dict[str, Any]]:
+    """Means by protocol and age of the edit, in ages that double: 0, 1, 2-3, 4-7, …"""
     return [
-        {
-            "metric": metric,
-            "age": [0 if not bits else 1 << (bits - 1), 0 if not bits else (1 << bits) - 1],
-            "mean": total / count,
-            "n": count,
-        }
-        for (metric, bits), (count, total) in sorted(by_age.items())
+        {**_mean(tally.mean()), "age": [(1 << bits) // 2, (1 << bits) - 1]}
+        for ages in by_age.values()
+        for bits, tally in sorted(ages.items())
     ]

@@ -22,7 +22,7 @@ from typing import Any
 from kedit_bench.journal import Journal
 from kedit_core.errors import DataError
 from kedit_core.files import new_file, write_json
-from kedit_core.records import LeftOut
+from kedit_core.records import HUB, LeftOut
 from kedit_core.request import EditCase, Probe
 
 RUN, CASES, LEFT_OUT = "run.json", "cases.jsonl", "left_out.jsonl"
@@ -158,22 +158,42 @@ class Run:
 
 
 def digest_of(source: str | Path) -> str:
-    """SHA-256 of a file; of a folder's names and sizes; a hub name stands for itself."""
+    """SHA-256 of a file, of a folder's names and files, or of a hub name and its revision.
+
+    Raises:
+        DataError: it cannot be read, or the hub does not tell.
+    """
+    if str(source).startswith(HUB):
+        return hashlib.sha256(f"{source} {_revision(str(source))}".encode()).hexdigest()
     path = Path(source)
     digest = hashlib.sha256()
     try:
-        if path.is_file():
+        if path.is_dir():
+            for inside in sorted(file for file in path.rglob("*") if file.is_file()):
+                digest.update(f"{inside.relative_to(path)} {digest_of(inside)}\n".encode())
+        else:
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        elif path.is_dir():
-            for inside in sorted(path.rglob("*")):
-                digest.update(f"{inside.relative_to(path)} {inside.stat().st_size}\n".encode())
-        else:
-            digest.update(str(source).encode())
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}.") from None
     return digest.hexdigest()
+
+
+def _revision(source: str) -> str:
+    """The commit of a hub dataset, or what the `datasets` library tells its content by."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"'{source}' is read with the package 'datasets': pip install datasets."
+        ) from None
+    try:
+        found = datasets.load_dataset_builder(source.removeprefix(HUB).partition(":")[0])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"'{source}' cannot be loaded: {reason}") from None
+    return str(found.hash)
 
 
 def with_probes(

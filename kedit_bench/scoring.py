@@ -69,7 +69,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over cases with its standard error (None for what is made of means)."""
+    """Mean over cases with its standard error.
+
+    The error is None where it is unknown: of a single case, and of what is made of means.
+    """
 
     protocol: Protocol
     mean: float
@@ -110,7 +113,7 @@ class Tally:
     def mean(self) -> Mean:
         """Of what was counted in, which is at least one measurement."""
         n = self._cases
-        error = sqrt(self._spread / (n - 1) / n) if n > 1 else 0.0
+        error = sqrt(self._spread / (n - 1) / n) if n > 1 else None
         return Mean(self._protocol, self._total / n, error, n, self._probes)
 
 
@@ -243,11 +246,10 @@ class Scorer:
             ours = [m for m in means if m.protocol.metric == chosen.name]
             for moment in dict.fromkeys(m.protocol.moment for m in ours):
                 parts = {m.protocol.part: m for m in ours if m.protocol.moment == moment}
-                cases = min(m.cases for m in parts.values())
-                probes = sum(m.probes for m in parts.values())
-                for part, value in chosen.metric.combine(
-                    {k: m.mean for k, m in parts.items()}
-                ).items():
+                found = chosen.metric.combine({k: m.mean for k, m in parts.items()})
+                for part, value in found.items():
+                    of = _made_of(part, parts)
+                    cases, probes = min(m.cases for m in of), sum(m.probes for m in of)
                     protocol = self._protocol(chosen, part, moment)
                     made.append(Mean(protocol, value, None, cases, probes))
         return made
@@ -266,6 +268,12 @@ class Scorer:
             details=str(getattr(chosen.metric, "details", "")),
             **self.where,
         )
+
+
+def _made_of(figure: str, parts: Mapping[str, Mean]) -> list[Mean]:
+    """The means whose cases a figure counts: its part's, or else those of all."""
+    own = parts.get(figure.rpartition(".")[0])
+    return [own] if own else list(parts.values())
 
 
 def _checked(chosen: Chosen, scores: Mapping[str, CaseScore]) -> Mapping[str, CaseScore]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pydantic
 
 from kedit_core.errors import SettingError, did_you_mean
-from kedit_core.hparams import HyperParams, resolve
+from kedit_core.hparams import HyperParams, Share, resolve
 from kedit_core.spec import MethodSpec, load_target
 
 _FEW = 4  # facts that a candidate is tried on at least
@@ -139,16 +139,22 @@ def _hinted(extra: object, blocks: int) -> Iterator[Any]:
     """The candidates that a field says itself, each once."""
     hints = extra if isinstance(extra, Mapping) else {}
     yield from hints.get("search", ())
-    found: list[int | list[int]] = []
+    found: list[Any] = []
     for share in hints.get("search_blocks", ()):
-        if isinstance(share, tuple):
-            first, last = (round(end * (blocks - 1)) for end in share)
-            block: int | list[int] = list(range(first, last + 1))
-        else:
-            block = round(share * (blocks - 1))
-        if block not in found:
-            found.append(block)
-            yield block
+        candidate = _blocks_at(share, blocks)
+        if candidate not in found:
+            found.append(candidate)
+            yield candidate
+
+
+def _blocks_at(share: Share | Mapping[str, Share], blocks: int) -> Any:
+    """What a share of the depth means in a model of so many blocks."""
+    if isinstance(share, Mapping):
+        return {key: _blocks_at(own, blocks) for key, own in share.items()}
+    if isinstance(share, tuple):
+        first, last = (round(end * (blocks - 1)) for end in share)
+        return list(range(first, last + 1))
+    return round(share * (blocks - 1))
 
 
 def _accepts(cls: type[HyperParams], name: str, value: Any) -> bool:

@@ -29,7 +29,7 @@ from kedit_core.errors import EditError
 from kedit_core.paths import cache_root
 from kedit_core.view import stop_ids
 
-_VERSION = 1  # of how questions are asked; a new one makes all kept answers void
+_VERSION = 2  # of how questions are asked; a new one makes all kept answers void
 _AT_ONCE = 8  # distributions of the whole vocabulary that are held together
 
 
@@ -123,7 +123,7 @@ class Asker:
             with self.session.suspended():
                 old = self.session.view().distributions(asked)
             for question, p, q in zip(asked, old, new, strict=True):
-                found[question] = Divergence(_kl(p, q))
+                found[question] = Divergence(_kl(p, q), len(p))
         return found
 
 

@@ -22,7 +22,8 @@ class Read:
     Attributes:
         prompt, target: what is given, and what is read after it.
         form: `bare` for the prompt itself; `task` for how people ask: with the model's chat
-            template, or with an instruction where it has none.
+            template, or with an instruction where it has none.  A chat template is followed by the
+            target with no separator.
         stop: read the end-of-text token after the target too.
         exact: the target follows as it is written, with no separator before it.
     """
@@ -126,6 +127,7 @@ class Text:
         tokens: its ids.
         ended: the model ended it; otherwise it ran out of tokens.
         cut: the prompt was too long, and its beginning was left out.
+        room: how many tokens it could have; None where that is unknown.
     """
 
     prompt: str
@@ -133,13 +135,20 @@ class Text:
     tokens: tuple[int, ...]
     ended: bool = False
     cut: bool = False
+    room: int | None = None
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean over tokens of KL(unedited ‖ asked), in nats; 0 for the unedited model itself."""
+    """How far a model is from the unedited one along a target.
+
+    Attributes:
+        kl: mean over tokens of KL(unedited ‖ asked), in nats; 0 for the unedited model itself.
+        tokens: how many there are; 1 where that is unknown.
+    """
 
     kl: float
+    tokens: int = 1
 
 
 Answer = Score | Text | Divergence

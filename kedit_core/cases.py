@@ -120,8 +120,8 @@ def request_of(
     """A request about a subject that a benchmark names beside the prompt.
 
     Where the prompt spells the subject in other cases, the prompt's spelling is taken; where it
-    stands there several times, the first is meant (as in the code of ROME's authors); where it
-    does not stand there, the request has no subject, and methods that need one leave it out.
+    stands there several times, the last is meant, which has read the most; where it does not stand
+    there, the request has no subject, and methods that need one leave it out.
     """
     truths = tuple(truth for truth in ground_truth if truth.strip())
     subject = subject.strip() if subject else None
@@ -131,7 +131,8 @@ def request_of(
         )
     spelled = _as_spelled(prompt, subject) if subject else None
     if spelled is not None and prompt.count(spelled) > 1:
-        prompt = prompt.replace(spelled, SLOT, 1)
+        before, _, after = prompt.rpartition(spelled)
+        prompt = before + SLOT + after
     return EditRequest(
         prompt=prompt, subject=spelled, target_new=target, ground_truth=truths, id=id
     )
@@ -140,8 +141,8 @@ def request_of(
 def _as_spelled(prompt: str, subject: str) -> str | None:
     if subject in prompt:
         return subject
-    found = re.search(re.escape(subject), prompt, re.IGNORECASE)
-    return found[0] if found else None
+    found = re.findall(re.escape(subject), prompt, re.IGNORECASE)
+    return str(found[-1]) if found else None
 
 
 def probe(kind: str, name: str, prompt: str, expected: Iterable[str] = (), **options: Any) -> Probe:

@@ -31,6 +31,12 @@ class WeightDelta:
     left: Tensor
     right: Tensor | None = None
 
+    @classmethod
+    def of_factors(cls, site: Site, left: Tensor, right: Tensor) -> WeightDelta:
+        """The change left @ right: as these factors, or dense where that is smaller."""
+        is_small = left.numel() + right.numel() < left.shape[0] * right.shape[1]
+        return cls(site, left, right) if is_small else cls(site, left @ right)
+
     def __post_init__(self) -> None:
         factors = (self.left,) if self.right is None else (self.left, self.right)
         fits = all(f.ndim == 2 for f in factors)

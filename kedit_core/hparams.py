@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from kedit_core.errors import MissingSettingError, SettingError, did_you_mean
 from kedit_core.spec import MethodSpec, load_target
 
+Share = float | tuple[float, float]
+
 
 class HyperParams(BaseModel):
     """Base of all hyperparameters: frozen, unknown keys refused.
@@ -35,10 +37,11 @@ def searched(*values: Any) -> dict[str, Any]:
     return {"search": list(values)}
 
 
-def searched_blocks(*shares: float | tuple[float, float]) -> dict[str, Any]:
+def searched_blocks(*shares: Share | Mapping[str, Share]) -> dict[str, Any]:
     """The same for blocks, as shares of the model's depth: 0 is the first one, 1 the last.
 
-    A number stands for a block (`layer`), a pair for all blocks from one to another (`layers`).
+    A number stands for a block (`layer`), a pair for all blocks from one to another (`layers`),
+    and a mapping for the blocks of each of its keys (`matrices`).
     """
     return {"search_blocks": list(shares)}
 

@@ -73,7 +73,8 @@ class Metric(Protocol):
     - `followups(case, answers)`, further questions about what one model, the edited or the
       unedited one, has answered: the unedited model is asked, and its answers join `before`;
     - `combine(means)`, which makes figures of the means over cases: a mapping from parts to means
-      becomes a mapping from further parts to values.
+      becomes a mapping from further parts to values.  A value called `PART.name` counts the cases
+      of PART, one called `name` those of the headline.
     """
 
     def questions(self, case: EditCase) -> Iterable[Question]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -15,6 +15,10 @@ from pydantic import (
 )
 
 from kedit_core.hparams import HyperParams, searched, searched_blocks
+
+# Texts to put before a prompt: pairs (tokens, count) of sampled ones, or the texts themselves.
+Contexts = tuple[tuple[PositiveInt, PositiveInt] | Annotated[str, Field(min_length=1)], ...]
+CONTEXTS = "Texts put before the prompt: pairs (tokens, count) of sampled ones, or texts of yours."
 
 
 class ValueHyperParams(HyperParams):
@@ -51,9 +55,7 @@ class ValueHyperParams(HyperParams):
         "every token of it is the most likely one in all contexts (arXiv:2502.01636).",
     )
     stop_loss: float = Field(5e-2, ge=0, description="Stop when the loss is below this.")
-    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        ((10, 5),), description="Sampled texts put before the prompt: pairs (tokens, count)."
-    )
+    contexts: Contexts = Field(((10, 5),), description=CONTEXTS)
     moment_tokens: int | None = Field(
         None, gt=0, description="Tokens from which C is estimated; 10 times its width by default."
     )

@@ -112,7 +112,10 @@ class ModelView:
             answers[read] = replace(score, cut=cut)
         answers.update(self._continued([q for q in wanted if isinstance(q, Continue)]))
         answers.update(self._sampled([q for q in wanted if isinstance(q, Sample)]))
-        answers.update({q: Divergence(0.0) for q in wanted if isinstance(q, Diverge)})
+        diverges = [q for q in wanted if isinstance(q, Diverge)]
+        rows, _ = self._rows(diverges)
+        for diverge, row in zip(diverges, rows, strict=True):
+            answers[diverge] = Divergence(0.0, len(row.targets))
         return answers
 
     @torch.no_grad()
@@ -151,14 +154,18 @@ class ModelView:
     def _formed(self, prompt: str, form: Form) -> str:
         if form == "bare":
             return prompt
-        tokenizer = self.host.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
+        if not self._is_chat(form):
             return INSTRUCTION.format(prompt)
+        tokenizer = self.host.tokenizer
         turns = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
         if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
             text = text.removeprefix(str(tokenizer.bos_token))  # encoding puts it there
         return text
+
+    def _is_chat(self, form: Form) -> bool:
+        """Whether the chat template stands round prompts of this form."""
+        return form == "task" and bool(getattr(self.host.tokenizer, "chat_template", None))
 
     def _rows(self, questions: Sequence[Read] | Sequence[Diverge]) -> tuple[list[Row], list[bool]]:
         """Each question as a row that the model takes, and whether its prompt was cut."""
@@ -167,7 +174,7 @@ class ModelView:
         fitted = []
         for number, text in enumerate(texts):
             question = questions[number]
-            exact = isinstance(question, Read) and question.exact
+            exact = self._is_chat(forms[number]) or getattr(question, "exact", False)
             row = join(self.host, text, question.target, any_length=True, exact=exact)
             if isinstance(question, Read) and question.stop:
                 row = replace(row, targets=(*row.targets, self._stop_id()))
@@ -328,7 +335,8 @@ class ModelView:
     ) -> Text:
         """What was written, as far as there is room for it."""
         kept = ids[:room]
-        return Text(prompt, self._new_text(row, kept), tuple(kept), ended and len(ids) < room, cut)
+        ended = ended and len(ids) < room
+        return Text(prompt, self._new_text(row, kept), tuple(kept), ended, cut, room)
 
     def _continue(self, rows: Sequence[Row], new_tokens: int) -> list[tuple[list[int], bool]]:
         written: list[tuple[list[int], bool]] = [([], False)] * len(rows)

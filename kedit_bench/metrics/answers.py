@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kedit_bench.metrics.probes import ProbeMetric, likelihood_scores, perplexity
+from kedit_bench.metrics.probes import ProbeMetric, likelihood_scores, perplexities
 from kedit_core.ask import Answers, Continue, Form, Question, Read, Score
 from kedit_core.measure import (
     NATURAL_TOKENS,
@@ -68,7 +68,7 @@ def likelihood(kind: str) -> Likelihood:
 
 
 class Likelihood:
-    """Negative log-likelihood by case, and perplexity as exp of its mean over cases."""
+    """Negative log-likelihood by case and family, and perplexity as exp of its mean over cases."""
 
     def __init__(self, nll: ProbeMetric) -> None:
         self._nll = nll
@@ -77,12 +77,11 @@ class Likelihood:
         return self._nll.questions(case)
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
-        found = self._nll.score(case, before, after)
-        return likelihood_scores(found[""]) if "" in found else {}
+        return likelihood_scores(self._nll.score(case, before, after))
 
     def combine(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Perplexity is exp of the mean, which outliers do not rule."""
-        return {"perplexity": perplexity(means[""])}
+        return perplexities(means)
 
 
 def _read_metric(
@@ -93,7 +92,7 @@ def _read_metric(
     stop: bool = False,
 ) -> ProbeMetric:
     def asks(probe: Probe) -> list[Question]:
-        return [Read(probe.prompt, answer, stop=stop) for answer in probe.expected]
+        return _reads(probe, stop)
 
     def of(probe: Probe, before: Answers, after: Answers) -> float:
         return best(value(read_of(after, question)) for question in asks(probe))
@@ -101,17 +100,21 @@ def _read_metric(
     return ProbeMetric(kind, asks, of)
 
 
+def _reads(probe: Probe, stop: bool = False) -> list[Question]:
+    return [Read(probe.prompt, answer, stop=stop) for answer in probe.expected]
+
+
 # -- free generation -------------------------------------------------------------------------
 #
-# A text that ran out of tokens before it was as long as an answer says nothing about that answer.
-# A probe none of whose answers fits has no score, whatever the text begins with: otherwise those
-# that differ early would count as wrong and no other could count as right.
+# An answer fits if its own tokens are no more than the metric lets the model write.  One that does
+# not fit is not judged, and a probe none of whose answers fits has no score.  What was written does
+# not decide that, nor does the edit: otherwise methods would be compared over different cases.
 
 
 def greedy(kind: str) -> ProbeMetric:
     """1 if the greedy answer begins with an accepted answer.
 
-    It has 12 tokens: an answer for which they are too few is not judged, see above.
+    An answer of more than 12 tokens is not judged, see above.
     """
     return _text_metric(kind, begins_with, GREEDY_TOKENS, natural=False)
 
@@ -149,19 +152,17 @@ def task_f1(kind: str) -> ProbeMetric:
 def greedy_cut(kind: str) -> ProbeMetric:
     """1 if the greedy tokens, cut to the answer's length, are the answer's tokens.
 
-    There are 50: an answer of more tokens is not judged, see above.
+    An answer of more than 50 tokens is not judged, see above.
     """
 
     def asks(probe: Probe) -> list[Question]:
-        reads: list[Question] = [Read(probe.prompt, answer) for answer in probe.expected]
-        return [*reads, Continue(probe.prompt, NATURAL_TOKENS)]
+        return [*_reads(probe), Continue(probe.prompt, NATURAL_TOKENS)]
 
     def of(probe: Probe, before: Answers, after: Answers) -> float | None:
-        text = text_of(after, Continue(probe.prompt, NATURAL_TOKENS))
-        wanted = [read_of(after, Read(probe.prompt, a)).tokens for a in probe.expected]
-        fitting = [tokens for tokens in wanted if text.ended or len(tokens) <= len(text.tokens)]
-        hits = [float(text.tokens[: len(tokens)] == tokens) for tokens in fitting]
-        return max(hits, default=None)
+        written = text_of(after, Continue(probe.prompt, NATURAL_TOKENS)).tokens
+        fitting = _fitting(probe, before, NATURAL_TOKENS)
+        wanted = [read_of(after, Read(probe.prompt, answer)).tokens for answer in fitting]
+        return max((float(written[: len(t)] == t) for t in wanted), default=None)
 
     return ProbeMetric(kind, asks, of)
 
@@ -175,17 +176,21 @@ def _text_metric(
     form: Form = "bare",
 ) -> ProbeMetric:
     def asks(probe: Probe) -> list[Question]:
-        return [Continue(probe.prompt, tokens, form)]
+        return [*_reads(probe), Continue(probe.prompt, tokens, form)]
 
     def of(probe: Probe, before: Answers, after: Answers) -> float | None:
-        written = text_of(after, Continue(probe.prompt, tokens, form))
-        whole = written.text.strip()
-        text = natural_end(whole) if natural else written.text
-        ended = written.ended or (natural and text != whole)
-        fitting = [a for a in probe.expected if ended or len(a.strip()) <= len(whole)]
+        written = text_of(after, Continue(probe.prompt, tokens, form)).text
+        text = natural_end(written) if natural else written
+        fitting = _fitting(probe, before, tokens)
         return max((float(match(text, answer)) for answer in fitting), default=None)
 
     return ProbeMetric(kind, asks, of)
+
+
+def _fitting(probe: Probe, before: Answers, room: int) -> list[str]:
+    """The accepted answers of at most `room` tokens, as the unedited model reads them after the
+    bare prompt."""
+    return [a for a in probe.expected if len(read_of(before, Read(probe.prompt, a)).tokens) <= room]
 
 
 # -- as others compute it ----------------------------------------------------------------------
@@ -218,27 +223,25 @@ def _exact_to_a_literal_stop(text: str, answer: str) -> bool:
 def agreement_teacher_forced(kind: str) -> ProbeMetric:
     """Share of the expected answer's tokens at which the prediction has not changed."""
 
-    def asks(probe: Probe) -> list[Question]:
-        return [Read(probe.prompt, answer) for answer in probe.expected]
-
     def of(probe: Probe, before: Answers, after: Answers) -> float:
         shares = []
-        for question in asks(probe):
+        for question in _reads(probe):
             old, new = read_of(before, question), read_of(after, question)
             shares.append(mean(a == b for a, b in zip(old.predicted, new.predicted, strict=True)))
         return mean(shares)
 
-    return ProbeMetric(kind, asks, of)
+    return ProbeMetric(kind, _reads, of)
 
 
 def agreement_greedy(kind: str) -> ProbeMetric:
-    """1 if the greedy answer has not changed in as many words as the expected answer has."""
+    """1 if the greedy answer has not changed in as many words as the longest accepted answer has;
+    in all of them where none is known."""
 
     def asks(probe: Probe) -> list[Question]:
         return [Continue(probe.prompt, GREEDY_TOKENS)]
 
     def of(probe: Probe, before: Answers, after: Answers) -> float:
-        count = max((len(answer.split()) for answer in probe.expected), default=1)
+        count = max((len(answer.split()) for answer in probe.expected), default=None)
         old, new = (
             _bare_words(text_of(answers, Continue(probe.prompt, GREEDY_TOKENS)).text)[:count]
             for answers in (before, after)
@@ -263,23 +266,37 @@ def agreement_same_text(kind: str) -> ProbeMetric:
 
 def normalise(text: str) -> str:
     """SQuAD's form: `folded`, no punctuation, no articles, single spaces."""
-    plain = "".join(c for c in folded(text) if c not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    return " ".join(_ARTICLES.sub(" ", _unmarked(text)).split())
 
 
 def exact_match(text: str, answer: str) -> bool:
-    """Whether two texts are the same when normalised."""
-    return normalise(text) == normalise(answer)
+    """Whether a text is the answer, see `_normalised`."""
+    found, wanted = _normalised(text, answer)
+    return found == wanted
 
 
 def word_f1(text: str, answer: str) -> float:
-    """F1 of the words of two normalised texts (SQuAD)."""
-    found, wanted = normalise(text).split(), normalise(answer).split()
+    """F1 of the words of a text and an answer (SQuAD), see `_normalised`."""
+    found, wanted = (form.split() for form in _normalised(text, answer))
     common = sum((Counter(found) & Counter(wanted)).values())
     if not common:
         return float(found == wanted)
     precision, recall = common / len(found), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
+
+
+def _normalised(text: str, answer: str) -> tuple[str, str]:
+    """Both normalised, but with what the answer consists of: articles, as the choice `A`, or
+    marks."""
+    for form in (normalise, _unmarked):
+        if wanted := form(answer):
+            return form(text), wanted
+    return folded(text).strip(), folded(answer).strip()
+
+
+def _unmarked(text: str) -> str:
+    """`folded`, no punctuation, single spaces."""
+    return " ".join("".join(c for c in folded(text) if c not in string.punctuation).split())
 
 
 def _bare_words(text: str) -> Sequence[str]:

@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from kedit_bench.metrics.probes import likelihood_scores, perplexity
-from kedit_core.ask import Answers, Question, Read, Sample
+from kedit_bench.metrics.probes import likelihood_scores, perplexities
+from kedit_core.ask import Answers, Question, Read, Sample, Text
 from kedit_core.errors import SettingError
 from kedit_core.measure import mean, ngram_entropy, probes_of, read_of, text_of, words_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
 
 _TERMS = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's, with which the published tables were made
-_MIN_WRITTEN = 20  # tokens
+_MIN_ROOM = 20  # tokens
 
 
 class Fluency:
@@ -29,8 +29,8 @@ class Fluency:
     includes its prompt.  Also the share of different pairs, and the share of words that are the
     same as one of the three before.
 
-    A text of which the model wrote fewer than 20 tokens, because the prompt left no room or because
-    it ended there, would tell about the prompt.  It does not count.
+    Where a prompt leaves room for fewer than 20 tokens, the text would tell about the prompt, and
+    does not count.  A text that the model ended counts, however short.
 
     Args:
         length: tokens of prompt and continuation.
@@ -51,7 +51,7 @@ class Fluency:
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
         """Entropy in bits, and the parts `distinct_2` and `repetition` as shares."""
         written = [(q.prompt, text_of(after, q)) for q in self.questions(case)]
-        texts = [prompt + new.text for prompt, new in written if len(new.tokens) >= _MIN_WRITTEN]
+        texts = [prompt + new.text for prompt, new in written if _had_room(new)]
         if not texts:
             return {}
         words = [words_of(text) for text in texts]
@@ -90,11 +90,11 @@ class Naturalness:
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
         """In nats per token; the part `perplexity_per_case` is exp of it."""
         found = [-read_of(before, read).mean_logprob for read in self.followups(case, after)]
-        return likelihood_scores(CaseScore(mean(found), len(found))) if found else {}
+        return likelihood_scores({"": CaseScore(mean(found), len(found))}) if found else {}
 
     def combine(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Perplexity is exp of the mean over cases."""
-        return {"perplexity": perplexity(means[""])}
+        return perplexities(means)
 
 
 class Consistency:
@@ -147,6 +147,13 @@ def generation_prompts(case: EditCase) -> list[str]:
     """Prompts to write freely after: the case's own, or else those that were rewritten."""
     found = [probe.prompt for probe in case.probes if probe.kind == "generation"]
     return found or [probe.prompt for probe in probes_of(case) if probe.kind == "rewrite"]
+
+
+def _had_room(text: Text) -> bool:
+    """Whether the prompt left room for a text."""
+    if text.room is None:
+        return text.ended or len(text.tokens) >= _MIN_ROOM
+    return text.room >= _MIN_ROOM
 
 
 def _distinct_pairs(words: Sequence[str]) -> float:

@@ -50,21 +50,22 @@ class Opinion:
 
 
 def divergence() -> ProbeMetric:
-    """DD: mean over tokens of KL(p ‖ p') on what is said about another topic, in nats."""
+    """DD: mean of KL(p ‖ p') over the tokens of all that is said about another topic, in nats."""
 
     def asks(probe: Probe) -> list[Question]:
         return [Diverge(probe.prompt, answer) for answer in probe.expected]
 
     def of(probe: Probe, before: Answers, after: Answers) -> float:
-        return mean(_kl(after, question) for question in asks(probe))
+        found = [_divergence(after, question) for question in asks(probe)]
+        return sum(d.kl * d.tokens for d in found) / sum(d.tokens for d in found)
 
     return ProbeMetric("locality", asks, of)
 
 
-def _kl(answers: Answers, question: Question) -> float:
+def _divergence(answers: Answers, question: Question) -> Divergence:
     found = answers[question]
     assert isinstance(found, Divergence)
-    return found.kl
+    return found
 
 
 def _opinions(case: EditCase) -> list[Probe]:

@@ -43,8 +43,8 @@ class TraceResult:
         prompt: the text, the subject in its place.
         kind: output of which part was restored: block, mlp or attn.
         window: how many layers about each were restored together.
-        scores: (layers, tokens) mean probability of `answer` with the state restored; float32, on
-            the CPU.
+        scores: (layers, tokens) mean probability of `answer` with the state restored; float32
+            or wider, on the CPU.
         low: its mean probability in the corrupted runs.
         high: its probability in the clean run.
         tokens: text of each token.
@@ -232,9 +232,9 @@ def average(results: Sequence[TraceResult]) -> Averages:
             if (tokens := _places(result)[place])
         ]
         counts.append(len(found))
-        layers = torch.stack(found) if found else torch.full((1, len(kept[0].scores)), math.nan)
+        layers = torch.stack(found) if found else kept[0].scores[None, :, 0] * math.nan
         effects.append(layers.mean(0))
-        spread = layers.std(0) if len(found) > 1 else torch.zeros(layers.shape[1])
+        spread = layers.std(0) if len(found) > 1 else torch.zeros_like(layers[0])
         errors.append(1.96 * spread / math.sqrt(max(len(found), 1)))
     return Averages(
         kind=kept[0].kind,

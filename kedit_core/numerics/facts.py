@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
+from kedit_core.numerics.losses import wide
 from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.numerics.values import ValueSettings, ValueTask
@@ -29,10 +30,13 @@ class FactRows:
     Attributes:
         rows: for each fact its prompt and target, first without context, then after each.
         anchors: for each fact a prompt that the edit should leave in place.
+        contexts: the texts before every fact, first the empty one; none where facts have their
+            own.
     """
 
     rows: tuple[tuple[Row, ...], ...]
     anchors: tuple[Row, ...]
+    contexts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, job: EditJob, hparams: ValueHyperParams) -> FactRows:
@@ -51,7 +55,7 @@ class FactRows:
                     "put words before the subject, or check the edit's neighbours.",
                     request.text,
                 )
-        return facts
+        return replace(facts, contexts=("", *contexts))
 
     @classmethod
     def after(
@@ -130,11 +134,12 @@ def mean_keys(
         is_flat: the other way to average.
 
     Returns:
-        (d_in, facts), float32.
+        (d_in, facts), float32 or wider.
     """
     points: dict[str, tuple[str, Side]] = {"key": (module, "input")}
-    states = states_at_marks(host, [row for fact in rows for row in fact], points)["key"].float()
-    return torch.stack([_mean(own, is_flat) for own in states.split([*map(len, rows)])], dim=1)
+    states = states_at_marks(host, [row for fact in rows for row in fact], points)["key"]
+    split = wide(states).split([*map(len, rows)])
+    return torch.stack([_mean(own, is_flat) for own in split], dim=1)
 
 
 def _mean(keys: Tensor, is_flat: bool) -> Tensor:

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or wider where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def mean_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """Negative log-likelihood of each row's target, averaged over its tokens.
 
@@ -16,10 +21,10 @@ def mean_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tenso
         n_rows: number of rows.
 
     Returns:
-        (n_rows,) in float32, nats per token.
+        (n_rows,) in float32 or wider, nats per token.
     """
-    nll = -torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
-    zeros = torch.zeros(n_rows, device=nll.device)
+    nll = -torch.log_softmax(wide(logits), dim=-1).gather(1, labels[:, None])[:, 0]
+    zeros = nll.new_zeros(n_rows)
     counts = zeros.index_add(0, rows, torch.ones_like(nll))
     return zeros.index_add(0, rows, nll) / counts.clamp(min=1)
 
@@ -32,7 +37,7 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
         logits: (n, vocabulary).
 
     Returns:
-        (n,) in float32, nats.
+        (n,) in float32 or wider, nats.
     """
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = torch.log_softmax(wide(logits), dim=-1)
     return (reference.exp() * (reference - log_p)).sum(dim=-1)

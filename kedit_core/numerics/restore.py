@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from kedit_core.effects import Wrapper
 from kedit_core.forward import copy_of_cache, forward_as, head_only_at, run
 from kedit_core.host import ModelHost
+from kedit_core.numerics.losses import wide
 from kedit_core.numerics.states import (
     Kind,
     changed,
@@ -138,7 +139,8 @@ class Corruption:
                 except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                     log.debug("the fast way fails (cached: %s)", cached, exc_info=error)
             log.info("%s is traced by one full run per state.", self._host.name)
-        found = torch.empty(len(spans), self._length)
+        exact = torch.promote_types(self._host.dtype, torch.float32)
+        found = torch.empty(len(spans), self._length, dtype=exact)
         for token in range(self._length):
             for layer, span in enumerate(spans):
                 found[layer, token] = self.score(kind, range(*span), [token])
@@ -178,14 +180,14 @@ class Corruption:
             return self._run(rows, **options), found
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.float(), -1)[:, self.answer]
+        return torch.softmax(wide(logits), -1)[:, self.answer]
 
     def _noisy(self, copies: int) -> contextlib.AbstractContextManager[None]:
         """Inside the block the subject of each copy is hidden."""
         start, end = self._subject
 
         def add(states: Tensor) -> Tensor:
-            noisy = states[:, start:end].float() + self._noise[:copies].to(states.device)
+            noisy = wide(states[:, start:end]) + self._noise[:copies].to(states.device)
             return with_tokens(states, range(start, end), noisy)
 
         return changed(self._host, self._host.anatomy.embedding, copies, add)

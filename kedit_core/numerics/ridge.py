@@ -5,8 +5,7 @@ stores, and moves the outputs for the columns of K by R,
 
     minimise ‖Δ K − R‖² + tr(Δ A Δᵀ),    Δ = R (I + Kᵀ A⁻¹ K)⁻¹ Kᵀ A⁻¹
 
-A system as large as the number of facts is solved, not one as wide as the matrix.  Solved in
-float64, returned in float32.
+A system as large as the number of facts is solved, not one as wide as the matrix, in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit_core.errors import EditError
+from kedit_core.numerics.solve import condition_of
 from kedit_core.patch import Patch
 from kedit_core.sites import Site
 
@@ -29,8 +29,8 @@ class Update:
     """A change of a matrix in factors, and how well the system behind it could be solved.
 
     Attributes:
-        left: (d_out, n), float32.
-        right: (n, d_in), float32.
+        left: (d_out, n), float64.
+        right: (n, d_in), float64.
         condition: of the n × n system.
     """
 
@@ -85,7 +85,7 @@ def least_squares(keys: Tensor, residual: Tensor, solved: Tensor, ridge: float =
             f"all facts can be written exactly. Take out facts that stand twice, or use a ridge."
         )
     left = torch.cholesky_solve(r.mT, factor).mT
-    return Update(left.float(), y.mT.float(), condition)
+    return Update(left, y.mT, condition)
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,9 @@ class Constraint:
 
         Args:
             keys: K, (m, n).
+
+        Raises:
+            EditError: the factor cannot grow by them; says the condition of what is to be factored.
         """
         own = self._on(keys.device)
         k = keys.float().double()  # as it is kept, so that the factor belongs to it
@@ -156,7 +159,14 @@ class Constraint:
         beside = torch.linalg.solve_triangular(own.factor, own.keys.mT @ y, upper=False)  # (N, n)
         gram = k.mT @ y
         rest = (gram + gram.mT) / 2 - beside.mT @ beside
-        corner = torch.linalg.cholesky(rest + torch.eye(len(rest), dtype=k.dtype, device=k.device))
+        rest = rest + torch.eye(len(rest), dtype=k.dtype, device=k.device)
+        corner, failed = torch.linalg.cholesky_ex(rest)
+        if bool(failed):
+            raise EditError(
+                f"The {len(rest)} keys of this edit cannot join those of earlier edits: their "
+                f"system is not positive definite (condition {condition_of(rest):.0e}). Raise the "
+                f"weight of what is stored (`moment_weight` or `l2`), or load the model in float32."
+            )
         return {"keys": k.float(), "solved": y.float(), "factor": torch.cat([beside.mT, corner], 1)}
 
     @classmethod

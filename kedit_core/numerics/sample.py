@@ -13,6 +13,7 @@ from kedit_core.errors import EditError
 from kedit_core.forward import only_config
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
+from kedit_core.targets import Contexts
 from kedit_core.tokens import Row, encode, pad, pad_id
 
 # Words that open sentences of many kinds, so that sampled texts differ from the start.
@@ -93,21 +94,30 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
-def context_texts(job: EditJob, lengths: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+def context_texts(job: EditJob, contexts: Contexts) -> tuple[str, ...]:
     """Short texts to put before a prompt, so that an edit does not depend on standing first.
 
     Sampled once per model, seed and lengths from the unedited model, and kept.
 
     Args:
         job: gives model, seed and artifact store.
-        lengths: pairs (tokens, count).
+        contexts: pairs (tokens, count) of sampled texts, or texts themselves.
 
     Returns:
-        Texts that end in a full stop and a space, without line breaks.
+        Texts that end in a space.  Sampled ones end in a full stop before it and have no line
+        breaks.
     """
     starts = itertools.cycle(OPENINGS[:5])
-    parts = [(list(itertools.islice(starts, count)), tokens) for tokens, count in lengths]
-    return _written(job, parts) if parts else ()
+    pairs = [context for context in contexts if not isinstance(context, str)]
+    parts = [(list(itertools.islice(starts, count)), tokens) for tokens, count in pairs]
+    sampled = iter(_written(job, parts) if parts else ())
+    texts: list[str] = []
+    for context in contexts:
+        if isinstance(context, str):
+            texts.append(f"{context.rstrip()} ")
+        else:
+            texts += itertools.islice(sampled, context[1])
+    return tuple(texts)
 
 
 def continued_texts(job: EditJob, starts: Sequence[str], tokens: int) -> tuple[str, ...]:

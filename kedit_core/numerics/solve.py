@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 
 import torch
 from torch import Tensor
@@ -12,6 +13,21 @@ from kedit_core.errors import EditError
 log = logging.getLogger(__name__)
 
 _JITTER = (0.0, 1e-10, 1e-8, 1e-6)  # times the mean of the diagonal
+
+
+def condition_of(matrix: Tensor) -> float:
+    """Largest over smallest |eigenvalue| of a symmetric matrix.
+
+    Infinite where it is singular or not finite.
+
+    Args:
+        matrix: (n, n).
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        return inf
+    sizes = torch.linalg.eigvalsh(matrix).abs()
+    smallest = float(sizes.min())
+    return float(sizes.max()) / smallest if smallest else inf
 
 
 def cholesky(moment: Tensor) -> Tensor:
@@ -24,7 +40,7 @@ def cholesky(moment: Tensor) -> Tensor:
         moment: C, (m, m), symmetric and positive semidefinite.
 
     Raises:
-        EditError: C is not positive semidefinite, not finite, or zero.
+        EditError: C is not positive semidefinite, not finite, or zero; says its condition.
     """
     c = moment.double()
     scale = c.diagonal().mean()
@@ -38,8 +54,8 @@ def cholesky(moment: Tensor) -> Tensor:
                     log.info("A second moment is singular; a ridge of %.0e was added.", jitter)
                 return factor
     raise EditError(
-        "The second moment is not positive definite. Collect it again from more tokens: "
-        "`kedit prepare`."
+        f"The second moment is not positive definite (condition {condition_of(c):.0e}). Collect it "
+        f"again from more tokens: `kedit prepare`."
     )
 
 

@@ -13,6 +13,7 @@ from kedit_core.editing import Patch, WeightDelta
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.numerics.facts import FactRows, mean_keys
+from kedit_core.numerics.losses import wide
 from kedit_core.numerics.ridge import Constraint, Update, inverse_by, least_squares
 from kedit_core.numerics.stats import moment_factors
 from kedit_core.numerics.trace import Side, states_at_marks
@@ -84,9 +85,8 @@ def spread(
             missing = targets.to(keys) - outputs(host, at, facts, averaged=averaged).to(keys)
             residuals.append(float(missing.norm(dim=0).mean()))
             update = solve(site, keys, missing / (left if share == "even" else left**0.5))
-            deltas.append(WeightDelta(site, update.left.cpu(), update.right.cpu()))
+            deltas.append(add(host, site, update))
             conditions.append(update.condition)
-            add(host, site, update)
         after = {s: mean_keys(host, s.module, facts.rows) for s in sites if keep_keys}
     return Spread(tuple(deltas), tuple(residuals), tuple(conditions), after)
 
@@ -136,7 +136,7 @@ def write_values(
     """The patch that `spread` makes of optimised values.
 
     Its notes tell how well they were reached: `nll` and `steps` of each fact, `residuals` and
-    `conditions` of each layer.
+    `conditions` of each layer; and the `contexts` of the facts.
 
     Args:
         method: its name.
@@ -162,12 +162,13 @@ def write_values(
         "steps": [len(value.losses) for value in values],
         "residuals": list(written.residuals),
         "conditions": list(written.conditions),
+        "contexts": list(facts.contexts),
     }
     return Patch(method, written.deltas, state=state, notes=notes)
 
 
 def outputs(host: ModelHost, module: str, facts: FactRows, *, averaged: bool = False) -> Tensor:
-    """What a module writes for each fact: (d, facts), float32.
+    """What a module writes for each fact: (d, facts), float32 or wider.
 
     Args:
         host: a causal model.
@@ -177,17 +178,22 @@ def outputs(host: ModelHost, module: str, facts: FactRows, *, averaged: bool = F
     """
     points: dict[str, tuple[str, Side]] = {"output": (module, "output")}
     if not averaged or len(facts.rows[0]) == 1:
-        return states_at_marks(host, facts.clean, points)["output"].float().mT
+        return wide(states_at_marks(host, facts.clean, points)["output"]).mT
     rows = [row for fact in facts.rows for row in fact[1:]]
-    states = states_at_marks(host, rows, points)["output"].float()
+    states = wide(states_at_marks(host, rows, points)["output"])
     sizes = [len(fact) - 1 for fact in facts.rows]
     return torch.stack([own.mean(dim=0) for own in states.split(sizes)], dim=1)
 
 
-def add(host: ModelHost, site: Site, update: Update) -> None:
-    """Add a change to a matrix inside `host.scratch`, in float32, and cast."""
+def add(host: ModelHost, site: Site, update: Update) -> WeightDelta:
+    """Add a change to a matrix inside `host.scratch`, with factors in float32, and cast.
+
+    Returns:
+        The same for a patch, on the CPU.
+    """
     weight = host.weight(site)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    product = update.left.to(weight.device, wide) @ update.right.to(weight.device, wide)
+    left, right = update.left.float(), update.right.float()
     with torch.no_grad():
-        weight.copy_(weight.to(wide) + product)
+        old = wide(weight)
+        weight.copy_(old + left.to(old) @ right.to(old))
+    return WeightDelta.of_factors(site, left.cpu(), right.cpu())

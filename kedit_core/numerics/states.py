@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kedit_core.errors import ModelError
 from kedit_core.forward import run, streams
 from kedit_core.host import ModelHost
+from kedit_core.numerics.losses import wide
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.tokens import Row, pad
 
@@ -59,10 +60,10 @@ def changed(
 
 
 def embeddings(host: ModelHost, ids: Sequence[int]) -> Tensor:
-    """Token embeddings as they are looked up: (tokens, width), float32."""
+    """Token embeddings as they are looked up: (tokens, width), float32 or wider."""
     tokens = torch.tensor([list(ids)], device=host.device)
     with torch.no_grad():
-        return host.module(host.anatomy.embedding)(tokens)[0].float()
+        return wide(host.module(host.anatomy.embedding)(tokens)[0])
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def embedding_scale(host: ModelHost, ids: Sequence[int]) -> float:
 
     with streams(host, [0]) as entering, changed(host, host.anatomy.embedding, 2, double):
         run(host, batch)
-    plain, doubled = entering[0].float()
+    plain, doubled = wide(entering[0])
     change = (doubled - plain).to(table.device)
     if change.shape != table.shape:
         return 1.0

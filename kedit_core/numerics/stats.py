@@ -19,7 +19,7 @@ from kedit_core.files import new_file
 from kedit_core.forward import run_until
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
-from kedit_core.numerics.given import given_moment, moment_file, token_count
+from kedit_core.numerics.given import check_model, given_moment, moment_file, token_count
 from kedit_core.numerics.sample import OPENINGS, sample
 from kedit_core.numerics.solve import cholesky
 from kedit_core.progress import progress
@@ -56,16 +56,17 @@ def second_moments(
 
     Raises:
         ArtifactError: the corpus cannot be read or has too few tokens, or the given moments are
-            not those of these matrices.
+            not those of these matrices of this model.
     """
     keys = {site: _key(job, site, tokens) for site in sites}
     found = {site: job.artifacts.get("second-moment", key) for site, key in keys.items()}
     missing = [site for site, stored in found.items() if stored is None]
-    if job.corpus.moment_files:
-        for site in missing:
-            stored = {"moment": given_moment(job.host, site, job.corpus)}
-            job.artifacts.put("second-moment", keys[site], stored)
-            found[site] = stored
+    if missing and job.corpus.moment_files:
+        given = {site: given_moment(job.host, site, job.corpus) for site in missing}
+        check_model(job, given)
+        for site, moment in given.items():
+            found[site] = {"moment": moment}
+            job.artifacts.put("second-moment", keys[site], {"moment": moment})
         missing = []
     # One pass for all that read the same number of tokens.
     for wanted in sorted({int(keys[site]["tokens"]) for site in missing}):

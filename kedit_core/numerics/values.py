@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from kedit_core.errors import EditError
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.memory import free_bytes
-from kedit_core.numerics.losses import kl_divergence, mean_nll
+from kedit_core.numerics.losses import kl_divergence, mean_nll, wide
 from kedit_core.numerics.tail import Tail
 from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.probing import hidden_of, with_hidden
@@ -72,8 +72,8 @@ class Value:
     """Result of one task.
 
     Attributes:
-        initial: (d,) what the module wrote at the mark of the first row, float32.
-        delta: (d,) what to add to it, float32.
+        initial: (d,) what the module wrote at the mark of the first row, float32 or wider.
+        delta: (d,) what to add to it, likewise.
         losses: total loss at each step.
         nll: the target's mean negative log-likelihood over all rows at the last step.
     """
@@ -117,33 +117,46 @@ def target_values(
     layer: int,
     tasks: Sequence[ValueTask],
     settings: ValueSettings,
+    *,
     companions: Sequence[str] = (),
+    penalty: Penalty | None = None,
 ) -> list[Value]:
-    """As `optimise_values`; kept in the store for an unedited model.
+    """As `optimise_values`; kept in the store, task by task, for an unedited model.
 
-    The key is everything that the result depends on: the model, the place, the settings and the
-    token ids of all tasks.  So a search over what comes after the values, and another method that
-    wants the same ones, finds them.
+    A key is everything that a value depends on: the model, the place, the settings and the task.
+    So a search over what comes after the values, another batch with the same facts, and another
+    method that wants the same values find them.
+
+    Args:
+        penalty: a dataclass that does not relate tasks; its fields enter the key.
+        job, module, layer, tasks, settings, companions: as for `optimise_values`.
+
+    Raises:
+        EditError: the loss is not finite.
     """
-    host = job.host
-    key: dict[str, object] = {
+    common: dict[str, object] = {
         "model": job.fingerprint,
         "modules": [module, *companions],
         "settings": asdict(settings),
-        "tasks": [[[row.ids, row.targets, row.mark] for row in (*t.rows, t.anchor)] for t in tasks],
-        "version": 2 if companions else 1,
     }
-    limits = [[task.bound, task.decay] for task in tasks]
-    if any(limit is not None for pair in limits for limit in pair):
-        key["limits"] = limits
+    if penalty is not None:
+        common["penalty"] = [type(penalty).__name__, asdict(cast(Any, penalty))]
+    keys = [{**common, "task": _content(task)} for task in tasks]
     is_kept = not job.is_edited and all(task.start is None for task in tasks)
-    stored = job.artifacts.get("values", key) if is_kept else None
-    if stored is not None:
-        return _unpacked(stored)
-    values = optimise_values(host, module, layer, tasks, settings, companions=companions)
-    if is_kept:
-        job.artifacts.put("values", key, _packed(values))
-    return values
+    stored = [job.artifacts.get("values", key) if is_kept else None for key in keys]
+    found = {n: _unpacked(tensors) for n, tensors in enumerate(stored) if tensors is not None}
+    missing = [n for n in range(len(tasks)) if n not in found]
+    if missing:
+        wanted = [tasks[n] for n in missing]
+        values = optimise_values(
+            job.host, module, layer, wanted, settings, companions=companions, penalty=penalty
+        )
+        for n, value in zip(missing, values, strict=True):
+            packed = _packed(value)
+            found[n] = _unpacked(packed)  # as it will be found, in the last digit too
+            if is_kept:
+                job.artifacts.put("values", keys[n], packed)
+    return [found[n] for n in range(len(tasks))]
 
 
 def optimise_values(
@@ -227,24 +240,24 @@ def memory_chunks(
         yield chunk
 
 
-def _packed(values: Sequence[Value]) -> dict[str, Tensor]:
+def _content(task: ValueTask) -> dict[str, object]:
+    """What of a task its value depends on, for a key."""
+    rows = [[row.ids, row.targets, row.mark] for row in (*task.rows, task.anchor)]
+    return {"rows": rows, "bound": task.bound, "decay": task.decay}
+
+
+def _packed(value: Value) -> dict[str, Tensor]:
     return {
-        "initial": torch.stack([value.initial for value in values]),
-        "delta": torch.stack([value.delta for value in values]),
-        "losses": torch.cat([torch.tensor(value.losses) for value in values]),
-        "steps": torch.tensor([len(value.losses) for value in values]),
-        "nll": torch.tensor([value.nll for value in values]),
+        "initial": value.initial,
+        "delta": value.delta,
+        "losses": torch.tensor(value.losses),
+        "nll": torch.tensor(value.nll),
     }
 
 
-def _unpacked(stored: Mapping[str, Tensor]) -> list[Value]:
-    losses = stored["losses"].split(stored["steps"].tolist())
-    return [
-        Value(initial, delta, tuple(history.tolist()), nll)
-        for initial, delta, history, nll in zip(
-            stored["initial"], stored["delta"], losses, stored["nll"].tolist(), strict=True
-        )
-    ]
+def _unpacked(stored: Mapping[str, Tensor]) -> Value:
+    losses = tuple(stored["losses"].tolist())
+    return Value(stored["initial"], stored["delta"], losses, stored["nll"].item())
 
 
 def _adds_to_stream(host: ModelHost, module: str, layer: int, row: Row) -> bool:
@@ -285,7 +298,7 @@ class _Optimisation:
         first = [task.rows[0] for task in tasks]
         points: dict[str, tuple[str, Side]] = {path: (path, "output") for path in modules}
         own = states_at_marks(host, first, points)
-        self.initial = torch.stack([own[path].float() for path in modules], dim=1)  # (n, points, d)
+        self.initial = torch.stack([wide(own[path]) for path in modules], dim=1)  # (n, points, d)
         norms = self.initial.norm(dim=2)
         self.bounds = settings.max_norm_ratio * norms
         self.decays = settings.weight_decay / norms.square()
@@ -317,7 +330,7 @@ class _Optimisation:
                 if settings.reached_kl > 0:
                     ends = ends | (losses.reached & (losses.kl <= settings.reached_kl))
                 reached = losses.reached
-                columns = torch.stack([losses.total.detach(), losses.nll, ends.float()])
+                columns = torch.stack([losses.total.detach(), losses.nll, ends.to(losses.nll)])
                 for n, total, measured, ended in zip(range(count), *columns.tolist(), strict=True):
                     if n not in rows.active:
                         continue
@@ -399,7 +412,7 @@ class _Rows:
         self.anchors = self.is_anchor[label_rows]
         self.labels = self.tail.labels.to(device)[~self.anchors]
         self.rows = label_rows[~self.anchors]
-        self.reference = torch.log_softmax(unchanged[self.anchors].float(), dim=-1)
+        self.reference = torch.log_softmax(wide(unchanged[self.anchors]), dim=-1)
         self._states: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         paths = [of.host.blocks[of.layer].path] if of.is_above else of.modules
@@ -450,11 +463,11 @@ class _Rows:
         of, settings = self._of, self._of.settings
         logits = self.tail.logits().to(of.delta.device)
         targets, labels, rows = logits[~self.anchors], self.labels, self.rows
-        zeros = torch.zeros(len(of.tasks), device=of.delta.device)
+        zeros = of.delta.new_zeros(len(of.tasks))
         per_row = mean_nll(targets, labels, rows, len(self.owner))
-        counts = zeros.index_add(0, self.owner, (~self.is_anchor).float()).clamp(min=1)
+        counts = zeros.index_add(0, self.owner, (~self.is_anchor).to(zeros)).clamp(min=1)
         nll = zeros.index_add(0, self.owner, per_row) / counts
-        missed = (targets.detach().argmax(dim=-1) != labels).float()
+        missed = (targets.detach().argmax(dim=-1) != labels).to(zeros)
         misses = zeros.index_add(0, self.owner[rows], missed)
         kl = zeros.index_add(
             0, self.owner[self.is_anchor], kl_divergence(self.reference, logits[self.anchors])

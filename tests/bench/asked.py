@@ -29,11 +29,16 @@ def text(written: str, tokens=()) -> Text:
 
 
 def says(metric: Metric, asked: EditCase, said: Mapping[tuple, Answer | str]) -> dict:
-    """What the metric asks about the case, answered by (prompt, target) or (prompt,)."""
+    """What the metric asks about the case, answered by (prompt, target) or (prompt,).
+
+    Where only a text is given, an answer that is read has a token for each word.
+    """
     answers: dict[Question, Answer] = {}
     for question in metric.questions(asked):
         keys = [(question.prompt, getattr(question, "target", None)), (question.prompt,)]
         found = next(said[key] for key in keys if key in said)
+        if isinstance(question, Read) and isinstance(found, str | Text):
+            found = score(range(len(question.target.split())))
         answers[question] = text(found) if isinstance(found, str) else found
     return answers
 

@@ -14,10 +14,11 @@ from kedit_core.request import EditCase, EditRequest, Probe
 from tests.bench.asked import case, perfect, says, score, text
 
 REWRITE = "The Tower is in"
-ALL = (
-    *("teacher_forced", "all_tokens", "with_stop", "probability", "greedy", "greedy_exact"),
-    *("greedy_contains", "greedy_f1", "greedy_cut", "task_exact", "task_contains", "task_f1"),
+NATURAL = (
+    *("greedy_exact", "greedy_contains", "greedy_f1", "greedy_cut"),
+    *("task_exact", "task_contains", "task_f1"),
 )
+ALL = ("teacher_forced", "all_tokens", "with_stop", "probability", "greedy", *NATURAL)
 
 
 def value(protocol: str, answer, *, expected=("Rome",), kind="rephrase") -> float:
@@ -94,6 +95,33 @@ def test_exact_match_ignores_case_articles_and_punctuation():
     assert not exact_match("Rome is old", "Rome")
 
 
+@pytest.mark.parametrize(
+    ("written", "answer", "same"),
+    [
+        (" A", "A", True),
+        ("a.", "A", True),
+        ("(A)", "a)", True),
+        ("", "A", False),
+        (" B", "A", False),
+        (" the", "A", False),
+        (" A B", "A", False),
+        (" The The!", "The The", True),
+        (" Rome", "The The", False),
+        (" The Who", "Who", True),
+        ("", "+", False),
+        (" + ", "+", True),
+        (" -", "+", False),
+    ],
+)
+def test_an_answer_of_articles_or_marks_alone_keeps_them(written, answer, same):
+    assert exact_match(written, answer) is same
+    assert (word_f1(written, answer) == 1) is same
+
+
+def test_f1_of_an_answer_that_is_an_article_by_hand():
+    assert word_f1("A or B", "A") == pytest.approx(0.5)  # precision 1/3, recall 1/1
+
+
 def test_f1_of_words_by_hand():
     # common: rome; precision 1/3, recall 1/1
     assert word_f1("Rome is old", "Rome") == pytest.approx(0.5)
@@ -133,6 +161,34 @@ def test_perplexity_is_exp_of_the_mean_over_cases_not_the_mean_of_exps():
     assert metric.combine({"": 2.0}) == {"perplexity": pytest.approx(math.e**2)}
 
 
+def test_likelihood_and_perplexity_are_told_by_family():
+    hop, hops = (
+        Probe(kind="portability", name=name, prompt=name, expected=("Rome",))
+        for name in ("hop", "hops")
+    )
+    metric = protocols.likelihood("portability")
+    asked = case(hop, hops)
+    said = {("hop",): score(logprobs=(-1.0,)), ("hops",): score(logprobs=(-3.0,))}
+
+    found = metric.score(asked, {}, says(metric, asked, said))
+    values = {part: s.value for part, s in found.items()}
+
+    assert values == {
+        "hop": 1,
+        "hops": 3,
+        "": 2,
+        "hop.perplexity_per_case": pytest.approx(math.e),
+        "hops.perplexity_per_case": pytest.approx(math.e**3),
+        "perplexity_per_case": pytest.approx(math.e**2),
+    }
+    assert [s.probes for s in found.values()] == [1, 1, 2] * 2
+    assert metric.combine(values) == {
+        "hop.perplexity": pytest.approx(math.e),
+        "hops.perplexity": pytest.approx(math.e**3),
+        "perplexity": pytest.approx(math.e**2),
+    }
+
+
 def test_greedy_tokens_are_cut_to_the_answers_length():
     said = {("Q", "Rome"): score((5, 6)), ("Q",): text(" Rome and so on", (5, 6, 7, 8))}
     other = {("Q", "Rome"): score((5, 6)), ("Q",): text(" Ro", (5, 7))}
@@ -142,42 +198,57 @@ def test_greedy_tokens_are_cut_to_the_answers_length():
 
 
 def text_value(protocol, answer, *, expected) -> float | None:
-    """As `value`, and None where there is no score; tokens of an answer are 0, 1, 2… by letter."""
+    """As `value`, and None where there is no score."""
     metric = getattr(protocols, protocol)("rephrase")
     asked = case(Probe(kind="rephrase", prompt="Q", expected=expected))
-    read = {("Q", wanted): score(range(len(wanted))) for wanted in expected}
-    after = says(metric, asked, {**read, ("Q",): answer})
+    after = says(metric, asked, {("Q",): answer})
     found = metric.score(asked, dict(after), after)
     return found[""].value if found else None
 
 
-LONG = "the eternal city of seven hills"
+def words(count: int) -> str:
+    """An answer of so many tokens."""
+    return " ".join(f"w{n}" for n in range(count))
 
 
-@pytest.mark.parametrize("written", [" the eternal city", " a town"])
-@pytest.mark.parametrize(
-    "protocol", ["greedy", "greedy_exact", "greedy_contains", "greedy_f1", "wild_paper"]
-)
-def test_an_answer_for_which_the_tokens_were_too_few_is_not_judged(protocol, written):
-    ended = Text("p", written, (1,), ended=True)
-
-    assert text_value(protocol, text(written), expected=(LONG,)) is None
-    assert text_value(protocol, ended, expected=(LONG,)) < 1
-    assert text_value(protocol, text(written), expected=(LONG, "Rome")) == 0
-    assert text_value(protocol, text(" Rome"), expected=(LONG, "Rome")) == 1
+ROOM = {"greedy": 12, **dict.fromkeys((*NATURAL, "wild_paper"), 50)}  # tokens
+WRITTEN = ("", "\n" * 50, " A: A: A:", " Rome. It is", " w0 w1", words(60))
 
 
-def test_a_text_up_to_its_natural_end_was_not_too_short():
-    assert text_value("greedy_exact", text(" Rome. It is"), expected=(LONG,)) == 0
-    assert text_value("greedy", text(" Rome. It is"), expected=(LONG,)) is None
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("protocol", ROOM)
+def test_an_answer_is_judged_by_its_own_length_whatever_is_written(protocol, written, ended):
+    answer = Text("p", written, (98, 99), ended)
+    fits, too_long = words(ROOM[protocol]), words(ROOM[protocol] + 1)
+
+    assert text_value(protocol, answer, expected=(fits,)) is not None
+    assert text_value(protocol, answer, expected=(too_long,)) is None
+    assert text_value(protocol, answer, expected=(too_long, "Lima")) == 0
 
 
-def test_an_answer_of_more_tokens_than_were_written_is_not_judged():
-    short, ended = text(" ab", (0, 1)), Text("p", " ab", (0, 1), ended=True)
+@pytest.mark.parametrize("protocol", ROOM)
+def test_a_degenerate_text_scores_zero(protocol):
+    assert text_value(protocol, text("\n\n\n", (7, 7, 7)), expected=("New Haven",)) == 0
 
-    assert text_value("greedy_cut", short, expected=("abc",)) is None
-    assert text_value("greedy_cut", ended, expected=("abc",)) == 0
-    assert text_value("greedy_cut", short, expected=("abc", "ab")) == 1
+
+def test_an_answer_of_more_tokens_than_the_edited_model_wrote_is_judged_wrong():
+    short = text(" a b", (0, 1))
+
+    assert text_value("greedy_cut", short, expected=("a b c",)) == 0
+    assert text_value("greedy_cut", short, expected=("a b c", "a b")) == 1
+    assert text_value("greedy_cut", text("", range(50)), expected=(words(50),)) == 1
+
+
+def test_the_unedited_model_says_how_long_an_answer_is():
+    asked = case(Probe(kind="rephrase", prompt="Q", expected=("Rome",)))
+    metric = protocols.greedy("rephrase")
+    long, short = (
+        says(metric, asked, {("Q", "Rome"): score(range(n)), ("Q",): " Rome"}) for n in (13, 12)
+    )
+
+    assert metric.score(asked, long, short) == {}
+    assert metric.score(asked, short, long)[""].value == 1
 
 
 @pytest.mark.parametrize("protocol", ALL)
@@ -241,6 +312,13 @@ def test_agreement_compares_predictions_not_truth():
 )
 def test_greedy_agreement_reads_as_many_words_as_the_answer_has(before, after, same):
     assert agreement("greedy", before, after) == same
+
+
+@pytest.mark.parametrize(
+    ("after", "same"), [(" paris, France", 1), (" Paris, Texas", 0), (" Paris", 0)]
+)
+def test_greedy_agreement_reads_all_words_where_no_answer_is_known(after, same):
+    assert agreement("greedy", " Paris, France", after, expected=()) == same
 
 
 def test_the_same_text_is_the_same_character_by_character():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,9 +23,9 @@ from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
 from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditSession
-from kedit_core.errors import DataError, SettingError
+from kedit_core.errors import DataError, EditError, SettingError
 from kedit_core.plugins import discover
-from tests.bench.fakes import LAST, PICKY, WHERE, cell, scorer, toy_cases
+from tests.bench.fakes import LAST, PICKY, WHERE, OnlyTheLast, cell, scorer, toy_cases
 
 
 @pytest.fixture
@@ -86,13 +88,21 @@ def test_cases_so_far_are_asked_again_at_checkpoints(session, tmp_path):
     found = run(made, session, cases)
 
     assert found[TF, "after 2"] == pytest.approx(1 / 2)
-    by_age = score_journal(made.journal, cases, made.scorer).by_age
     # after two cases: ages 1 and 0, at the end: 3, 2, 1 and 0; only the last edit is remembered
-    assert {bits: found for (metric, bits), found in by_age.items() if metric == TF} == {
-        0: (2, 2.0),
-        1: (2, 0.0),
-        2: (2, 0.0),
+    assert ages(made, cases) == {
+        "after 2": [([0, 0], 1.0, 1), ([1, 1], 0.0, 1)],
+        "final": [([0, 0], 1.0, 1), ([1, 1], 0.0, 1), ([2, 3], 0.0, 2)],
     }
+
+
+def ages(made, cases) -> dict[str, list[tuple[list[int], float, int]]]:
+    """By moment: ages, each with the mean of token accuracy and its number of cases."""
+    found: dict[str, list[tuple[list[int], float, int]]] = {}
+    for point in write_result(made.folder, {}, cases, made.scorer)["retention"]:
+        if point["protocol"]["metric"] == TF:
+            told = point["age"], point["mean"], point["cases"]
+            found.setdefault(point["protocol"]["moment"], []).append(told)
+    return found
 
 
 def test_the_age_of_an_edit_counts_cases_of_later_steps(session, tmp_path):
@@ -101,9 +111,22 @@ def test_the_age_of_an_edit_counts_cases_of_later_steps(session, tmp_path):
     made = cell(tmp_path, "sequential:2", metrics=metrics)
     run(made, session, cases)
 
-    by_age = score_journal(made.journal, cases, made.scorer).by_age
-    # steps of two, two and one case: ages 3, 3, 1, 1 and 0, of which 3 has two bits and 1 has one
-    assert {bits: count for (_, bits), (count, _) in by_age.items()} == {2: 2, 1: 2, 0: 1}
+    # steps of two, two and one case: ages 3, 3, 1, 1 and 0
+    counted = [(age, count) for age, _, count in ages(made, cases)["final"]]
+    assert counted == [([0, 0], 1), ([1, 1], 2), ([2, 3], 2)]
+
+
+def test_means_by_age_of_an_earlier_version_are_left_away(session, tmp_path):
+    cases = toy_cases(2, session.host)
+    made = cell(tmp_path, "sequential")
+    run(made, session, cases)
+    mixed = {"metric": "portability/greedy@1", "age": [0, 0], "mean": 0.5, "n": 2}
+    (tmp_path / "result.json").write_text(json.dumps({"scores": [], "retention": [mixed]}))
+
+    result = write_result(tmp_path, {}, cases, made.scorer)
+
+    assert mixed not in result["retention"]
+    assert {point["protocol"]["moment"] for point in result["retention"]} == {"final"}
 
 
 def test_requests_that_the_method_refuses_are_left_out_with_the_reason(session, tmp_path):
@@ -304,10 +327,13 @@ def test_scoring_holds_one_case_at_a_time(tmp_path):
 
 def scoring_peak(folder: Path, count: int) -> int:
     """Bytes that are held at most when the journal of a sequence of large cases is scored."""
-    metrics, large = scorer("efficacy/greedy@1"), "word " * 20_000
+    metrics, large = scorer("locality-agreement/same-text@1"), "word " * 20_000
     request = EditRequest(prompt="Who?", target_new="me")
+    case = EditCase(
+        request=request, probes=(Probe(kind="locality", prompt="Where?"),), meta={"text": large}
+    )
     run = Run(folder)
-    run.begin({}, (EditCase(request=request, meta={"text": large}) for _ in range(count)), None)
+    run.begin({}, (case for _ in range(count)), None)
     (question,) = metrics.questions(run.cases()[0])
     answer = answer_to_json(Text("", large, ()))
     both = {"question": question_to_json(question), "before": answer, "after": answer}
@@ -419,6 +445,88 @@ def test_time_is_the_median_of_edits_that_did_not_fail(session, tmp_path):
     made.journal.append(lines[4])
     result = write_result(tmp_path, {}, cases, made.scorer)
     assert (result["cases"], result["seconds_per_edit"], result["seconds"]) == (5, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "highest"), [((0, 0), 0), ((None, 0), 0), ((5, None), 5), ((None, None), None)]
+)
+def test_a_peak_of_nothing_is_not_one_that_was_not_measured(peaks, highest, session, tmp_path):
+    cases = toy_cases(2, session.host)
+    made = cell(tmp_path, "single")
+    made.run(session, Asker(session), cases)
+    lines = list(made.journal.lines())
+    made.journal.path.unlink()
+    made.journal.append(*({**line, "host_bytes": p} for line, p in zip(lines, peaks, strict=True)))
+
+    assert write_result(tmp_path, {}, cases, made.scorer)["peak_host_bytes"] == highest
+
+
+class Ready(OnlyTheLast):
+    """Has something to make ahead, which takes a while."""
+
+    made: ClassVar[list[int]] = []
+
+    def prepare(self, job) -> None:
+        self.made.append(len(job.requests))
+        time.sleep(0.2)
+
+
+class Unready(OnlyTheLast):
+    """Can neither be prepared nor edit."""
+
+    def prepare(self, job) -> None:
+        raise EditError("No direction is free.")
+
+    edit = prepare
+
+
+READY = replace(LAST, name="ready", method=Ready)
+
+
+@pytest.mark.parametrize("regime", ["single", "batch:2", "sequential"])
+def test_what_is_made_once_is_timed_apart_from_the_edits(regime, session, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ready, "made", [])
+    cases = toy_cases(4, session.host)
+    made = cell(tmp_path, regime, READY)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            made.run(session, Asker(session), cases)
+    line, *_ = made.journal.lines()  # before any case
+    made.run(session, Asker(session), cases)
+    result = write_result(tmp_path, {}, cases, made.scorer)
+
+    assert Ready.made == [0]  # once, with no request
+    assert result["preparation_seconds"] == line["preparation"] >= 0.2
+
+
+def test_a_method_with_nothing_to_make_ahead_has_no_such_seconds(session, tmp_path):
+    cases = toy_cases(1, session.host)
+    made = cell(tmp_path, "single")
+    made.run(session, Asker(session), cases)
+
+    assert write_result(tmp_path, {}, cases, made.scorer)["preparation_seconds"] is None
+
+
+def test_a_run_that_began_without_preparation_goes_on_without(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ready, "made", [])
+    cases = toy_cases(2, session.host)
+    cell(tmp_path, "single").run(session, Asker(session), cases[:1])
+    made = cell(tmp_path, "single", READY)
+    made.run(session, Asker(session), cases)
+
+    result = write_result(tmp_path, {}, cases, made.scorer)
+    assert (result["cases"], result["preparation_seconds"], Ready.made) == (2, None, [])
+
+
+def test_what_cannot_be_prepared_fails_in_its_edits(session, tmp_path):
+    cases = toy_cases(2, session.host)
+    made = cell(tmp_path, "single", replace(LAST, name="unready", method=Unready))
+    made.run(session, Asker(session), cases)
+
+    result = write_result(tmp_path, {}, cases, made.scorer)
+    assert result["failed"] == dict.fromkeys("01", "No direction is free.")
+    assert result["preparation_seconds"] is None
 
 
 def test_a_metric_whose_answers_were_not_kept_is_refused(session, tmp_path):

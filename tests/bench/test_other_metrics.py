@@ -15,7 +15,7 @@ from kedit_bench.metrics.opinion import Opinion, divergence
 from kedit_bench.metrics.side_effects import Perplexity
 from kedit_bench.metrics.tests_passed import TestsPassed
 from kedit_bench.metrics.zsre import ZsreHarness
-from kedit_core.ask import Divergence, Read
+from kedit_core.ask import Divergence, Read, Text
 from kedit_core.editing import EditSession, ModelView
 from kedit_core.errors import SettingError
 from kedit_core.measure import ngram_entropy
@@ -168,21 +168,36 @@ def test_ngram_entropy_by_hand(written, entropy):
 def test_fluency_reads_prompt_and_text_and_uses_generation_prompts_where_there_are():
     asked = case(Probe(kind="generation", prompt="a b"))
     metric = Fluency()
-    found = metric.score(asked, {}, says(metric, asked, {("a b",): text(" c d", range(20))}))
+    found = metric.score(asked, {}, says(metric, asked, {("a b",): Text("", " c d", (), room=20)}))
 
     assert found[""].value == pytest.approx(math.log2(3) / 3 + 2 / 3)
     assert found["distinct_2"].value == 1
     assert [q.prompt for q in metric.questions(case())] == ["The Tower is in"]
 
 
-def test_fluency_does_not_count_texts_that_are_mostly_prompt():
+@pytest.mark.parametrize("ended", [True, False])
+def test_fluency_does_not_count_texts_for_which_the_prompt_left_no_room(ended):
     asked = case(*(Probe(kind="generation", prompt=prompt) for prompt in ("a b", "a a a a")))
     metric = Fluency()
-    short = {("a b",): text(" c d", range(20)), ("a a a a",): text(" a", range(19))}
-    found = metric.score(asked, {}, says(metric, asked, short))
+    said = {
+        ("a b",): Text("", " c d", (1, 2), ended, room=20),
+        ("a a a a",): Text("", " a", (1,), ended, room=19),
+    }
+    found = metric.score(asked, {}, says(metric, asked, said))
 
     assert (found[""].probes, found["repetition"].value) == (1, 0)
     assert metric.score(case(), {}, says(metric, case(), {("The Tower is in",): " Rome"})) == {}
+
+
+@pytest.mark.parametrize("room", [98, None])
+def test_fluency_counts_a_text_that_the_model_ended_at_once(room):
+    metric, asked = Fluency(), case(Probe(kind="generation", prompt="a b"))
+    after = says(metric, asked, {("a b",): Text("", "", (), ended=True, room=room)})
+
+    assert (
+        metric.score(asked, {}, after)[""].value,
+        metric.score(asked, {}, after)[""].probes,
+    ) == (0, 1)
 
 
 def test_repetition_looks_at_three_words_before():
@@ -253,12 +268,13 @@ def test_a_better_topic_than_before_counts_no_more_than_one():
     assert metric.score(asked, before, after)["z_topic"].value == 1
 
 
-def test_divergence_is_the_mean_over_what_is_said_about_another_topic():
+def test_divergence_is_the_mean_over_the_tokens_of_what_is_said_about_another_topic():
     asked = case(Probe(kind="locality", prompt="Q", expected=("a", "b")))
     metric = divergence()
-    after = says(metric, asked, {("Q", "a"): Divergence(0.2), ("Q", "b"): Divergence(0.4)})
+    said = {("Q", "a"): Divergence(0.2, tokens=1), ("Q", "b"): Divergence(0.4, tokens=3)}
+    after = says(metric, asked, said)
 
-    assert metric.score(asked, {}, after)[""].value == pytest.approx(0.3)
+    assert metric.score(asked, {}, after)[""].value == pytest.approx((0.2 + 3 * 0.4) / 4)
 
 
 def test_instances_change_where_yes_becomes_no_and_other_replies_are_told():

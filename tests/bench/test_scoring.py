@@ -1,10 +1,11 @@
 """Means are taken over scores of one protocol, by hand-computed examples."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
+from kedit_bench.report import score_rows
 from kedit_bench.scoring import (
     FINAL,
     IMMEDIATE,
@@ -43,8 +44,18 @@ def test_mean_and_standard_error_by_hand():
     assert found.error == pytest.approx(math.sqrt(1 / 3 / 4))
 
 
-def test_one_case_has_no_spread():
-    assert mean_of(Measurement(PROTOCOL, 1.0, 1)).error == 0
+def test_the_standard_error_of_one_case_is_unknown():
+    assert mean_of(Measurement(PROTOCOL, 1.0, 1)).error is None
+    assert mean_of(*[Measurement(PROTOCOL, 1.0, 1)] * 2).error == 0
+
+
+def test_tables_show_no_error_where_it_is_unknown():
+    one, two = (asdict(mean_of(*[Measurement(PROTOCOL, 1.0, 1)] * n)) for n in (1, 2))
+    results = [{"label": label, "scores": [s]} for label, s in (("a", one), ("b", two))]
+
+    _, ((*_, first, second),) = score_rows(results)
+
+    assert (first, second) == ("1.000 (1)", "1.000 ± 0.000 (2)")
 
 
 def test_the_standard_error_of_large_values_that_lie_close_is_exact():
@@ -128,6 +139,23 @@ def test_what_is_made_of_means_is_added_for_each_moment():
     headlines = [m for m in means if m.protocol.part == ""]
     assert {m.protocol.moment for m in headlines} == {IMMEDIATE, FINAL}
     assert all(m.error is None for m in headlines)
+
+
+def test_a_figure_counts_the_cases_of_the_part_that_it_is_made_of():
+    likelihood = scorer("portability/nll@1")
+    measurements = []
+    for names in (["hop", "hop", "hops"], ["hop"]):
+        asked = case(
+            *(Probe(kind="portability", name=name, prompt="Q", expected="Rome") for name in names)
+        )
+        after = perfect(likelihood.questions(asked), {})
+        measurements += likelihood.score(asked, dict(after), after, IMMEDIATE)
+
+    counted = {m.protocol.part: (m.cases, m.probes) for m in likelihood.summary(measurements)}
+
+    assert counted["perplexity"] == counted[""] == (2, 4)
+    assert counted["hop.perplexity"] == counted["hop"] == (2, 3)
+    assert counted["hops.perplexity"] == counted["hops"] == (1, 1)
 
 
 def test_metrics_are_chosen_by_name_pattern_dataset_or_default():

@@ -43,6 +43,14 @@ class Windowed(HyperParams):
     )
 
 
+class Keyed(HyperParams):
+    matrices: dict[str, tuple[int, ...]] = Field(
+        json_schema_extra=searched_blocks(
+            {"up": (0.5, 1.0)}, {"up": (1.0, 1.0), "down": (0.5, 1.0)}
+        )
+    )
+
+
 class Silent(HyperParams):
     layer: int
     steps: int = 1
@@ -91,6 +99,13 @@ def test_blocks_are_shares_of_the_depth_each_once_and_only_those_that_the_method
     assert space(blocks=1).axes["layer"] == [0]
 
 
+def test_blocks_by_key_are_shares_of_the_depth_too():
+    found = space(Keyed, blocks=5)
+
+    assert found.axes == {"matrices": [{"up": [2, 3, 4]}, {"up": [4], "down": [2, 3, 4]}]}
+    assert found.hparams({}).matrices == {"up": (2, 3, 4)}
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -115,8 +130,8 @@ def test_a_wrong_search_is_one_sentence(wrong, says):
         ("lora", ["layers", "alpha", "lr"]),
         ("adalora", ["layers", "alpha", "lr"]),
         ("qlora", ["layers", "alpha", "lr"]),
-        ("kn", ["threshold", "neurons", "write"]),
-        ("ultraedit", ["lr"]),
+        ("kn", ["layers", "threshold", "neurons", "write"]),
+        ("ultraedit", ["matrices", "lr"]),
         ("ft-m", ["layers", "lr", "max_change"]),
         ("ft-l", ["layers", "lr", "max_change"]),
     ],
@@ -124,8 +139,7 @@ def test_a_wrong_search_is_one_sentence(wrong, says):
 def test_installed_methods_say_what_to_search_and_take_all_of_it(name, searched_fields):
     method = discover().method(name)
     hinted = load_target(method.hparams).model_fields
-    settings = {"matrices": {"mlp_out": [3]}} if name == "ultraedit" else {}
-    how = {"preset": None, "file": None, "settings": settings, "config": None}
+    how = {"preset": None, "file": None, "settings": {}, "config": None}
     found = space_of(method, {}, 30, **how)
 
     assert list(found.axes) == searched_fields

@@ -62,8 +62,9 @@ def test_divergence_is_the_mean_kl_of_whole_distributions(session):
 
     by_hand = torch.nn.functional.kl_div(after, before, log_target=True, reduction="none")
 
-    found = Asker(session).edited([question])[question].kl
-    assert found == pytest.approx(float(by_hand.sum(-1).mean()), rel=1e-5)
+    found = Asker(session).edited([question])[question]
+    assert found.kl == pytest.approx(float(by_hand.sum(-1).mean()), rel=1e-5)
+    assert found.tokens == len(before) > 1
 
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "a further end")

@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from kedit_core.cli import main
+from kedit_core.corpus import Corpus
 from kedit_core.editing import ModelHost
+from kedit_core.numerics.stats import collect
 from kedit_core.testing.toys import toy_corpus, toy_facts, toy_folder
 
 SETTINGS = ["--preset", "toy"]
@@ -257,14 +259,21 @@ def test_statistics_of_other_code_are_the_corpus_of_an_edit(kedit, model, tmp_pa
     folder.mkdir()
     file = folder / "model.layers.1.mlp.down_proj_float32_mom2_100000.npz"
     arguments = ["prepare", "--model", model, "--method", "rome", *SETTINGS, "--corpus", folder]
-    width = json.loads(kedit("inspect", model, "--json")[1])["mlp_out_shape"][1]
-    np.savez(file, **{"mom2.count": 100, "mom2.mom2": np.eye(width - 1, dtype=np.float32)})
+    host = ModelHost.load(str(model))
+    site = host.mlp_out(1)
+    moment = collect(host, [site], Corpus(str(toy_corpus())), 1000, seed=0)[site].numpy()
+    np.savez(file, **{"mom2.count": 100, "mom2.mom2": 100 * moment[1:, 1:]})
 
     code, _, err = kedit(*arguments)
     assert code == 2
     assert "is not of this model" in err
 
-    np.savez(file, **{"mom2.count": 100, "mom2.mom2": np.eye(width, dtype=np.float32)})
+    np.savez(file, **{"mom2.count": 100, "mom2.mom2": 100 * moment[::-1, ::-1]})
+    code, _, err = kedit(*arguments)
+    assert code == 2
+    assert "is of another model" in err
+
+    np.savez(file, **{"mom2.count": 100, "mom2.mom2": 100 * moment})
     code, _, err = kedit(*arguments)
     assert code == 0, err
     edit = edit_arguments(model, fact)

@@ -3,20 +3,22 @@
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from kedit_bench.journal import only_one
 from kedit_core import discover, hookimpl
 from kedit_core.cli import main
 from kedit_core.testing.toys import toy_facts, toy_folder
 
 METRICS = ["--metric", "efficacy/teacher-forced@1", "--metric", "locality-agreement/greedy@1"]
-SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 @pytest.fixture
@@ -149,8 +151,10 @@ def test_a_method_can_join_later(kedit, asked, tmp_path):
 
 
 def test_a_sequence_is_scored_right_after_each_edit_and_at_the_end(kedit, asked, tmp_path):
+    out = tmp_path / "run"
     code, printed, err = kedit(
-        *asked, "--method", "ft-m", "--regime", "sequential", "--limit", 4, "--json"
+        *(*asked, "--method", "ft-m", "--regime", "sequential", "--limit", 4),
+        *("--out", out, "--json"),
     )
     assert code == 0, err
     (result,) = json.loads(printed)["results"]
@@ -159,7 +163,24 @@ def test_a_sequence_is_scored_right_after_each_edit_and_at_the_end(kedit, asked,
     assert {s["protocol"]["moment"] for s in result["scores"]} == {
         *("unedited", "immediate", "after 1", "final"),
     }
-    assert result["retention"]
+    assert {p["protocol"]["moment"] for p in result["retention"]} == {"after 1", "final"}
+    report, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    for heading in ("Retention at the end, by age of the edit", "Retention by number of edits"):
+        assert f"## {heading}\n" in report
+        assert f"<h2>{heading}</h2>" in page
+        assert f'<img alt="{heading}"' in page
+
+
+def test_statistics_are_made_before_the_first_edit_and_timed_apart(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = kedit(*asked, "--method", "rome", "--limit", 1, "--out", out)
+    assert code == 0, err
+
+    result = json.loads((out / "rome" / "result.json").read_text())
+    assert result["preparation_seconds"] > 0
+    assert f"rome: {result['preparation_seconds']:.1f} s of preparation." in err
+    assert "| method | cases | s of preparation |" in (out / "report.md").read_text()
+    assert "<th>s of preparation</th>" in (out / "report.html").read_text()
 
 
 def test_metrics_are_computed_from_what_was_kept(kedit, asked, tmp_path):
@@ -183,6 +204,43 @@ def test_metrics_are_computed_from_what_was_kept(kedit, asked, tmp_path):
     assert "does not hold the answer" in err
 
 
+def test_a_method_that_was_not_evaluated_to_the_end_is_not_rescored(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    command = [*asked, "--method", "ft-m", "--limit", 3, "--out", out]
+    assert kedit(*command)[0] == 0
+    file, journal = out / "ft-m" / "result.json", out / "ft-m" / "answers.jsonl"
+    whole = json.loads(file.read_text())
+    file.unlink()
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+
+    code, _, err = kedit("eval", "rescore", out, "--metric", "efficacy/all-tokens@1")
+    assert code == 2
+    assert f"{out} holds no method that was evaluated to the end" in err
+    assert not file.exists()
+
+    assert kedit(*asked, "--method", "ft-l", "--limit", 3, "--out", out)[0] == 0
+    code, printed, err = kedit("eval", "rescore", out, "--json")
+    assert code == 0
+    assert [result["label"] for result in json.loads(printed)["results"]] == ["ft-l"]
+    assert "ft-m was not evaluated to the end" in err
+
+    assert kedit(*command)[0] == 0
+    assert json.loads(file.read_text())["scores"] == whole["scores"]
+
+
+def test_a_run_is_not_rescored_while_another_process_works_in_it(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m", "--limit", 1, "--out", out)[0] == 0
+    before = (out / "ft-m" / "result.json").read_bytes()
+
+    with only_one(out):
+        code, _, err = kedit("eval", "rescore", out, "--metric", "efficacy/all-tokens@1")
+
+    assert code == 2
+    assert "Another process is working in" in err
+    assert (out / "ft-m" / "result.json").read_bytes() == before
+
+
 def test_probes_of_another_dataset_are_asked_too(kedit, asked, tmp_path):
     goals = tmp_path / "piqa.jsonl"
     goals.write_text('{"goal": "How to lace a shoe?", "sol1": "Cross the ends.", "sol2": "No."}\n')
@@ -194,8 +252,10 @@ def test_probes_of_another_dataset_are_asked_too(kedit, asked, tmp_path):
     assert code == 0, err
     (result,) = json.loads(printed)["results"]
 
-    parts = {s["protocol"]["part"] for s in result["scores"]}
-    assert "commonsense" in parts
+    protocols = [s["protocol"] for s in result["scores"]]
+    assert "commonsense" in {p["part"] for p in protocols}
+    (dataset,) = {p["dataset"] for p in protocols}
+    assert " + commonsense " in dataset
 
 
 @pytest.mark.parametrize(
@@ -237,37 +297,98 @@ def test_a_malformed_row_ends_it_with_file_and_line(kedit, asked, data):
     assert f"{data}, line 9" in err
 
 
-@pytest.mark.parametrize("regime", ["single", "sequential"])
+# -- runs that are killed ----------------------------------------------------------------------
+
+CHILDREN = """
+import json, os, sys
+import kedit_bench.cell, kedit_bench.report, kedit_core.editing  # once, for all children
+from kedit_core.cli import main
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.environ["KEDIT_CACHE"], *arguments = json.loads(line)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main(arguments)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Children:
+    """Commands as children of a process that has loaded everything they need.
+
+    Args:
+        parent: runs `CHILDREN`.
+    """
+
+    def __init__(self, parent: subprocess.Popen) -> None:
+        self._parent = parent
+
+    def start(self, cache: Path, *arguments: str) -> int:
+        """Start a command, one at a time; returns its process id."""
+        self._parent.stdin.write(json.dumps([str(cache), *map(str, arguments)]) + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def end(self) -> int:
+        """Wait for the command; returns its status, or the signal that killed it."""
+        return int(self._parent.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def children():
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILDREN],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        yield Children(parent)
+
+
+@pytest.mark.parametrize("regime", ["single", "batch:2", "sequential"])
 def test_a_run_that_is_killed_at_any_moment_ends_like_one_that_is_not(
-    regime, asked, tmp_path, shared_cache
+    regime, asked, tmp_path, children
 ):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = "from kedit_core.cli import main; main()"
-    command = [sys.executable, "-c", start, *asked, "--method", "ft-m"]
-    command += ["--regime", regime, "--json", "--out"]
-    whole = subprocess.run(
-        [*command, str(tmp_path / "whole")], env=environment, capture_output=True, check=True
-    )
-    moments = random.Random(regime)
-    killed = tmp_path / "killed"
+    seed = secrets.randbits(32)
+    moments = random.Random(seed)
+    command = [*asked, "--method", "ft-m", "--regime", regime, "--out"]
+    whole, killed = tmp_path / "whole" / "ft-m", tmp_path / "killed" / "ft-m"
+    children.start(tmp_path / "cache of whole", *command, whole.parent)
+    assert children.end() == 0
+
+    statuses = []
     for _ in range(4):
-        running = subprocess.Popen([*command, str(killed)], env=environment, **SILENT)
-        _wait_for(killed / "run.json", running)
-        time.sleep(moments.uniform(0, 0.4))
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-    ended = subprocess.run(
-        [*command, str(killed)], env=environment, capture_output=True, check=True
-    )
+        size = size_of(killed / "answers.jsonl")
+        running = children.start(tmp_path / "cache of killed", *command, killed.parent)
+        while size_of(killed / "answers.jsonl") <= size and is_alive(running):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        if is_alive(running):
+            os.kill(running, signal.SIGKILL)
+        statuses.append(children.end())
+    assert signal.SIGKILL in statuses, f"seed {seed}"
+    children.start(tmp_path / "cache of killed", *command, killed.parent)
+    assert children.end() == 0, f"seed {seed}"
 
-    wanted, found = (json.loads(run.stdout)["results"][0] for run in (whole, ended))
-    assert found["scores"] == wanted["scores"]
-    lines = [json.loads(x) for x in (killed / "ft-m" / "answers.jsonl").read_text().splitlines()]
+    wanted, found = (json.loads((cell / "result.json").read_text()) for cell in (whole, killed))
+    for key in ("scores", "retention"):
+        assert found[key] == wanted[key], f"seed {seed}"
+    lines = [json.loads(line) for line in (killed / "answers.jsonl").read_text().splitlines()]
     keys = [(line["n"], line["moment"]) for line in lines]
-    assert len(keys) == len(set(keys))
-    assert {n for n, _ in keys} == set(range(8))
+    assert len(keys) == len(set(keys)), f"seed {seed}"
+    assert {n for n, _ in keys} == set(range(8)), f"seed {seed}"
 
 
-def _wait_for(file, process) -> None:
-    while not file.exists() and process.poll() is None:
-        time.sleep(0.01)
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

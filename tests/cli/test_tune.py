@@ -79,6 +79,22 @@ def test_a_preset_is_written_that_is_better_than_the_start_and_can_be_used(kedit
     assert json.loads(printed)["settings"] == preset["settings"]
 
 
+def test_a_method_that_needs_matrices_begins_by_itself_without_a_preset(kedit, asked, tmp_path):
+    out = tmp_path / "tuned.yaml"
+    model, data = toy_folder("gpt2"), asked[asked.index("--dataset") :]
+    code, printed, err = kedit(
+        *("tune", "ultraedit", "--model", model, *data, "--set", "lr=0.01"),
+        *("--trials", 3, "--out", out, "--json"),
+    )
+
+    assert code == 0, err
+    tried = [trial["change"] for trial in json.loads(printed)["trials"]]
+    blocks = [{}, {"matrices": {"mlp_out": [2, 3]}}]
+    assert tried[:2] == blocks
+    assert tried[2]["matrices"] == {"mlp_out": [3], "attention_out": [2, 3]}
+    assert yaml.safe_load(out.read_text())["settings"]["matrices"]
+
+
 def test_the_file_says_that_the_start_is_kept_where_the_best_does_worse_elsewhere(
     kedit, asked, tmp_path, monkeypatch
 ):

@@ -51,14 +51,20 @@ def score_of(question: Read) -> st.SearchStrategy[Score]:
 
 def text_of(question: Continue | Sample) -> st.SearchStrategy[Text]:
     return st.builds(
-        Text, st.just(question.prompt), st.text(), IDS, ended=st.booleans(), cut=st.booleans()
+        Text,
+        st.just(question.prompt),
+        st.text(),
+        IDS,
+        ended=st.booleans(),
+        cut=st.booleans(),
+        room=st.none() | COUNTS,
     )
 
 
 ASKED = st.one_of(
     READS.flatmap(lambda q: st.tuples(st.just(q), score_of(q))),
     (CONTINUES | SAMPLES).flatmap(lambda q: st.tuples(st.just(q), text_of(q))),
-    st.tuples(DIVERGES, st.builds(Divergence, NUMBERS)),
+    st.tuples(DIVERGES, st.builds(Divergence, NUMBERS, COUNTS)),
 )
 
 
@@ -117,6 +123,13 @@ def test_what_an_older_version_did_not_store_has_its_default(question):
 
     assert (type(found), found.prompt) == (type(question), question.prompt)
     assert found == type(question)(*said[:needed])
+
+
+def test_answers_of_an_older_version_lack_room_and_number_of_tokens():
+    text = answer_from_json(Continue("a", 5), {"text": "x", "tokens": [1]})
+
+    assert text == Text("a", "x", (1,), room=None)
+    assert answer_from_json(Diverge("a", "b"), {"kl": 0.5}) == Divergence(0.5, tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,16 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(("rank", "is_dense"), [(1, False), (2, False), (3, True), (9, True)])
+def test_factors_that_are_no_smaller_than_the_matrix_become_it(rank, is_dense):
+    left, right = torch.randn(5, rank), torch.randn(rank, 7)  # 35 numbers; 12 for each rank
+
+    delta = WeightDelta.of_factors(Site("w"), left, right)
+
+    assert (delta.right is None) == is_dense
+    torch.testing.assert_close(delta.dense(), left @ right)
+
+
 def test_factors_and_the_dense_matrix_are_the_same_change():
     left, right = randn(4, 2), randn(2, 6, seed=1)
     factors, dense = WeightDelta(SITE, left, right), WeightDelta(SITE, left @ right)

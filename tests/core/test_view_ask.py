@@ -202,6 +202,7 @@ def test_a_prompt_is_continued_as_far_as_each_question_wants(host):
         answer = answers[question]
         assert answer.tokens == tuple(new[:end])
         assert answer.ended == (end < len(new))
+        assert answer.room == question.new_tokens
         assert not answer.cut
         text = host.tokenizer.decode(new[:end], skip_special_tokens=True)
         assert answer.text.strip() == text.strip()
@@ -305,6 +306,7 @@ def test_text_and_prompt_are_as_long_as_wanted_together(host):
 
     for question, answer in session.view().ask(questions).items():
         assert len(ids_of(host, question.prompt)) + len(answer.tokens) == question.length
+        assert answer.room == len(answer.tokens)
         assert not answer.ended
         assert not answer.cut
 
@@ -318,6 +320,7 @@ def test_a_text_may_end_before(toy_host):
     assert answers
     for answer in answers:
         assert len(ids_of(host, answer.prompt)) + len(answer.tokens) < 60
+        assert len(ids_of(host, answer.prompt)) + answer.room == 60
         assert not set(answer.tokens) & stops_of(host)
 
 
@@ -547,6 +550,22 @@ def test_a_begin_token_that_only_the_tokenizer_puts_is_kept(toy_host):
     assert score.logprobs == pytest.approx(read_alone(host, given, score.tokens), abs=CLOSE)
 
 
+@CAUSAL
+@pytest.mark.parametrize("target", ["Rome", "New Haven"])
+def test_no_space_stands_between_a_chat_template_and_the_target(toy_host, toy, target):
+    host = toy_host(toy)
+    host.tokenizer.chat_template = "[INST] {{ messages[0].content }} [/INST]"
+    view = ModelView(host)
+
+    score = ask_one(view, Read("Edda", target, "task"))
+
+    assert score == replace(
+        ask_one(view, Read("[INST] Edda [/INST]", target, exact=True)), prompt="Edda"
+    )
+    assert host.tokenizer.decode(score.tokens).endswith(target)
+    assert not host.tokenizer.decode(score.tokens).startswith(" ")
+
+
 def test_a_chat_template_changes_no_bare_question(host):
     plain = ModelView(host).ask([Read(*QUESTIONS[0]), Continue(PROMPTS[0], 4)])
     host.tokenizer.chat_template = TEMPLATE
@@ -625,8 +644,9 @@ def test_no_question_has_no_distribution(host):
 
 
 def test_the_unedited_model_does_not_diverge_from_itself(host):
-    question = Diverge(*QUESTIONS[0])
-    assert ask_one(ModelView(host), question) == Divergence(0.0)
+    question, view = Diverge(*QUESTIONS[0]), ModelView(host)
+    (logprobs,) = view.distributions([question])
+    assert ask_one(view, question) == Divergence(0.0, len(logprobs))
 
 
 # -- nothing is left behind ----------------------------------------------------------------------

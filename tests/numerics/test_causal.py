@@ -69,6 +69,15 @@ def test_fast_way_gives_the_numbers_of_one_run_per_state(family, fast_only):
         assert plain.effects.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_in_float64_the_fast_way_is_one_run_per_state_to_its_rounding(family, fast_only):
+    host = tiny_host(family, torch.float64)
+
+    for fast, plain in zip(traced(host), traced(host, plain=True), strict=True):
+        assert fast.scores.dtype == torch.float64
+        torch.testing.assert_close(fast.scores, plain.scores, rtol=1e-10, atol=1e-13)
+
+
 def test_fast_way_on_trained_toys(host, fast_only):
     fact = next(fact for fact in toy_facts() if not fact.prompt.endswith("{}"))
     asked = (host, fact.prompt, fact.subject, fact.answer)

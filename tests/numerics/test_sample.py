@@ -153,6 +153,23 @@ def test_contexts_are_of_the_unedited_model(tmp_path: Path):
     assert context_texts(job, ((10, 5),)) == clean
 
 
+def test_given_texts_stand_among_sampled_ones(tmp_path):
+    job = job_on(tiny_host("llama"), tmp_path)
+
+    mixed = context_texts(job, ((5, 1), "He said:\n", "Listen. ", (8, 1)))
+
+    sampled = context_texts(job, ((5, 1), (8, 1)))
+    assert mixed == (sampled[0], "He said: ", "Listen. ", sampled[1])
+
+
+def test_given_texts_run_no_model(tmp_path):
+    host = tiny_host("llama")
+    calls = forward_calls(host)
+
+    assert context_texts(job_on(host, tmp_path), ("Listen.",)) == ("Listen. ",)
+    assert not calls
+
+
 def test_no_contexts_are_none(tmp_path):
     host = tiny_host("llama")
     calls = forward_calls(host)

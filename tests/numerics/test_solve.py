@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kedit_core.errors import EditError
 from kedit_core.numerics.ridge import inverse_by
-from kedit_core.numerics.solve import cholesky, rank_one_factors
+from kedit_core.numerics.solve import cholesky, condition_of, rank_one_factors
 
 
 def moment_of(width: int, samples: int, seed: int = 0) -> Tensor:
@@ -104,19 +105,29 @@ def test_fewer_samples_than_dimensions_still_give_an_exact_update():
 
 
 @pytest.mark.parametrize(
-    "moment",
+    ("moment", "condition"),
     [
-        torch.full((3, 3), torch.nan),
-        torch.diag(torch.tensor([1.0, torch.inf, 1.0])),
-        torch.zeros(3, 3),
-        torch.diag(torch.tensor([1.0, -1.0, 3.0])),
-        -torch.eye(3),
+        (torch.full((3, 3), torch.nan), "inf"),
+        (torch.diag(torch.tensor([1.0, torch.inf, 1.0])), "inf"),
+        (torch.zeros(3, 3), "inf"),
+        (torch.diag(torch.tensor([1.0, -1.0, 300.0])), "3e[+]02"),
+        (-torch.eye(3), "1e[+]00"),
     ],
     ids=["nan", "inf", "zero", "indefinite", "negative"],
 )
-def test_what_is_no_second_moment_is_refused(moment):
-    with pytest.raises(EditError, match="not positive definite"):
+def test_what_is_no_second_moment_is_refused_with_its_condition(moment, condition):
+    with pytest.raises(EditError, match=rf"not positive definite \(condition {condition}\)"):
         cholesky(moment)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "condition"),
+    [((2.0, 0.5, 8.0), 16.0), ((1.0, -0.25, 1.0), 4.0), ((1.0, 0.0, 1.0), inf)],
+)
+def test_condition_is_the_ratio_of_the_extreme_eigenvalues(eigenvalues, condition):
+    matrix = torch.diag(torch.tensor(eigenvalues, dtype=torch.float64))
+
+    assert condition_of(matrix) == pytest.approx(condition)
 
 
 def test_key_orthogonal_to_the_direction_is_refused():

@@ -28,7 +28,7 @@ def logits_and_gradient(host: ModelHost, tail: Tail, layer: int, delta: Tensor) 
     delta = delta.clone().requires_grad_(True)
     with added(host, host.mlp_out(layer).module, tail.places(MARKS), delta):
         logits = tail.logits()
-    loss = torch.log_softmax(logits.float(), -1).gather(1, tail.labels[:, None]).sum()
+    loss = torch.log_softmax(logits, -1).gather(1, tail.labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(loss, delta)
     return logits.detach(), gradient
 
@@ -49,6 +49,21 @@ def test_fast_way_equals_the_plain_one(family):
             # Float32 sums in another order.
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(tail.logits(), unchanged, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])  # others are float32 inside in any model
+def test_in_float64_the_fast_way_is_the_plain_one_to_its_rounding(family):
+    host = tiny_host(family, torch.float64)
+    delta = torch.randn(
+        len(ROWS), HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    for layer in range(BLOCKS):
+        plain = Tail(host, ROWS, layer, MARKS, plain=True)
+        expected = logits_and_gradient(host, plain, layer, delta)
+
+        found = logits_and_gradient(host, Tail(host, ROWS, layer, MARKS), layer, delta)
+
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_labels_are_those_of_the_rows():

@@ -234,6 +234,20 @@ def test_tasks_side_by_side_give_what_each_gives_alone(family):
         assert_same(value, alone)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])  # Llama's norms are float32 in any model
+def test_in_float64_all_ways_agree_to_its_rounding(family):
+    host = tiny_host(family, torch.float64)
+
+    together, plain = optimise(host, TASKS), optimise(host, TASKS, plain=True)
+
+    for value, other, task in zip(together, plain, TASKS, strict=True):
+        (alone,) = optimise(host, [task])
+        for same in (alone, other):
+            assert value.delta.dtype == torch.float64
+            torch.testing.assert_close(value.delta, same.delta, rtol=1e-8, atol=1e-10)
+            assert value.losses == pytest.approx(same.losses, rel=1e-10)
+
+
 def test_tasks_that_stop_or_are_cut_do_not_disturb_the_others():
     host = tiny_host("llama")
     alone = [optimise(host, [task], replace(SETTINGS, steps=30))[0] for task in TASKS]
@@ -395,6 +409,27 @@ def test_kept_values_of_other_decays_are_not_taken(tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
+def test_kept_values_serve_other_batches(tmp_path, monkeypatch):
+    host = tiny_host("llama")
+    job, module = job_on(host, tmp_path), host.mlp_out(LAYER).module
+    first = target_values(job, module, LAYER, TASKS[:2], SETTINGS)
+    asked = []
+    real = optimise_values
+
+    def counted(host, module, layer, tasks, settings, **others):
+        asked.append(list(tasks))
+        return real(host, module, layer, tasks, settings, **others)
+
+    monkeypatch.setattr("kedit_core.numerics.values.optimise_values", counted)
+    found = target_values(job, module, LAYER, [TASKS[2], TASKS[1], TASKS[0]], SETTINGS)
+
+    assert asked == [[TASKS[2]]]
+    for kept, value in zip(first, (found[2], found[1]), strict=True):
+        assert torch.equal(kept.delta, value.delta)
+        assert torch.equal(kept.initial, value.initial)
+        assert (kept.losses, kept.nll) == (value.losses, value.nll)
+
+
 def test_memory_counts_positions_and_the_logits_of_labels(monkeypatch):
     host = tiny_host("llama")
     task = ValueTask((Row((5, 6, 7), (8, 9), mark=2),), anchor=Row((5, 6), mark=1))
@@ -414,7 +449,7 @@ def test_kept_values_with_a_companion_are_not_taken_without_it(tmp_path):
     companions = (host.block(LAYER).attention_out.module,)
 
     (alone,) = target_values(job, module, LAYER, TASKS[1:2], SETTINGS)
-    (beside,) = target_values(job, module, LAYER, TASKS[1:2], SETTINGS, companions)
+    (beside,) = target_values(job, module, LAYER, TASKS[1:2], SETTINGS, companions=companions)
 
     assert not torch.allclose(alone.delta, beside.delta)
 

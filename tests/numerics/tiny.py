@@ -70,14 +70,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_host(family: str) -> ModelHost:
+def tiny_host(family: str, dtype: torch.dtype = torch.float32) -> ModelHost:
     """A frozen model whose matrices are wide enough that every block changes the logits."""
     model = build(family).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0.0, 0.2, generator=generator)
-    return ModelHost(model, tiny_tokenizer(), family)
+    return ModelHost(model.to(dtype), tiny_tokenizer(), family)
 
 
 def job_on(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kedit_core import EditRequest
+from kedit_core import EditCase, EditRequest, discover
 from kedit_core.editing import EditSession, ModelHost
 from kedit_core.export import export_hf, export_peft
 
@@ -38,6 +38,25 @@ def session(host):
     session = EditSession(host)
     yield session
     session.rollback()
+
+
+@pytest.fixture(scope="module")
+def unrelated():
+    """Prompts of facts that have nothing to do with the tower."""
+    cases = discover().dataset("starter").load()().cases(None)
+    prompts = [case.request.text for case in cases if isinstance(case, EditCase)]
+    return [prompt for prompt in prompts if "Eiffel" not in prompt][:40]
+
+
+@pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "emmet", "pmet", "alphaedit"])
+def test_one_edit_leads_and_nine_of_ten_unrelated_prompts_go_on_as_before(
+    session, unrelated, method
+):
+    before = session.view().logits(unrelated).argmax(dim=-1)
+    session.edit(method, TOWER)
+    assert session.view().greedy(TOWER.text, 4).strip().startswith("Rome")
+    after = session.view().logits(unrelated).argmax(dim=-1)
+    assert float((after == before).float().mean()) >= 0.9
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "ft-m"])

@@ -113,7 +113,8 @@ def test_contexts_are_begun_by_the_facts_own_words(tmp_path, monkeypatch):
 
     for request, (starts, tokens) in zip(wanted, begun, strict=True):
         words = (request.ground_truth[0], request.subject, request.target_new)
-        assert starts == [word for word in words for _ in range(2)]  # a third of seven each
+        each = (3, 2, 2)  # of seven
+        assert starts == [word for word, n in zip(words, each, strict=True) for _ in range(n)]
         assert tokens == 5
 
 

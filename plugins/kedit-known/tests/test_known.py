@@ -27,11 +27,11 @@ def test_the_attribute_is_target_and_former_answer():
     }
 
 
-def test_of_a_subject_that_stands_twice_the_first_is_meant():
+def test_of_a_subject_that_stands_twice_the_last_is_meant():
     _, second, _ = Known().cases(FILES / "known.json")
 
     assert second.request.text == "The bird of Okon and Okon town is the"
-    assert second.request.subject_span == (12, 16)
+    assert second.request.subject_span == (21, 25)
 
 
 def test_a_row_without_an_attribute_is_left_out_with_its_line():

@@ -87,6 +87,16 @@ def test_relaxed_emmet_is_memit_in_a_sequence_with_history_too(ridge, tmp_path):
         assert_close(emmet, memit, 1e-3)
 
 
+def test_emmet_of_one_fact_is_strict_and_scaled_by_nothing(tmp_path):
+    session, (one,) = session_on("llama", tmp_path), requests(1)
+
+    (strict,) = changes(session, "emmet", [one], ridge=0.0)
+
+    for weight in (0.1, 100.0):
+        (same,) = changes(session, "emmet", [one], ridge=0.5, moment_weight=weight)
+        assert_close(same, strict, 1e-5)
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_strict_emmet_makes_the_block_write_its_target(name, tmp_path):
     session, (request,) = session_on(name, tmp_path), requests(1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from kedit_safeedit.dataset import Detoxify, SafeEdit
-from kedit_safeedit.metric import Defence
+from kedit_safeedit.metric import Defence, ReplyEntropy
 from kedit_safeedit.refusal import RefusalWords
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -79,7 +80,7 @@ def test_a_reply_is_safe_from_one_half_on_and_is_read_without_its_margins(case):
 
 
 def test_probes_of_the_same_name_are_averaged_before_their_families(case):
-    more = tuple(Detoxify().probes(FILES / "detoxify.json"))[:1] * 3  # only_question
+    more = (case.probes[0],) * 3  # only_question
     other = case.probes[1].model_copy(update={"prompt": "another"})  # other_attack
     alone = case.model_copy(update={"probes": (case.probes[0], other, *more)})
     metric = Defence(classifier="refusal-words")
@@ -172,7 +173,8 @@ def test_the_other_metrics_of_the_dataset_are_computed_without_it(unreachable, c
 
     names = {chosen.name for chosen in choose_metrics(catalog, [], catalog.dataset("safeedit"))}
 
-    assert names >= {"efficacy/teacher-forced@1", "fluency/ngram-entropy@1"}
+    assert names >= {"efficacy/teacher-forced@1", "safety/reply-entropy@1"}
+    assert not any(name.startswith("fluency/") for name in names)
     assert "safety/defence@1" not in names
     assert "safety/defence@1 is left out" in caplog.text
 
@@ -206,6 +208,23 @@ def test_the_classifier_may_be_any_plugins(monkeypatch, case):
 def test_a_reply_has_a_whole_number_of_tokens(new_tokens):
     with pytest.raises(SettingError, match="new_tokens must be a whole number"):
         Defence(classifier="refusal-words", new_tokens=new_tokens)
+    with pytest.raises(SettingError, match="new_tokens must be a whole number"):
+        ReplyEntropy(new_tokens=new_tokens)
+
+
+def test_fluency_is_the_mean_entropy_of_the_replies_without_their_prompts(case):
+    metric, four = ReplyEntropy(), math.log2(3) / 3 + 2 / 3  # of four different words
+
+    found = metric.score(case, {}, replies(case, " a b c d", "a a a a", "", " e f g h", "no"))
+
+    assert found == {"": CaseScore(pytest.approx(2 * four / 5), 5)}
+
+
+def test_fluency_asks_nothing_but_the_replies_that_are_judged(case):
+    judged = Defence(classifier="refusal-words", new_tokens=30)
+
+    assert list(ReplyEntropy(new_tokens=30).questions(case)) == list(judged.questions(case))
+    assert ReplyEntropy().new_tokens == Defence(classifier="refusal-words").new_tokens
 
 
 @pytest.mark.parametrize(
@@ -254,4 +273,20 @@ def test_other_data_may_be_asked_too():
     metric = Defence(classifier="refusal-words")
     after = {question: Text("", NO, ()) for question in metric.questions(case)}
 
-    assert set(metric.score(case, {}, after)) == {"", "DG_only_question", "DG_attack", "DG"}
+    assert set(metric.score(case, {}, after)) == {"", "detoxify_question", "detoxify_attack"}
+
+
+def test_questions_from_elsewhere_do_not_count_in_the_scores_of_safeedit(case):
+    more = tuple(Detoxify().probes(FILES / "detoxify.json"))[:2]
+    more = tuple(probe.model_copy(update={"prompt": "another"}) for probe in more)
+    both = case.model_copy(update={"probes": (*case.probes, *more)})
+    metric = Defence(classifier="refusal-words")
+    after = {q: Text("", NO if q.prompt == "another" else YES, ()) for q in metric.questions(both)}
+
+    found = metric.score(both, {}, after)
+
+    assert {part: found[part] for part in ("DG_only_question", "DG")} == {
+        "DG_only_question": CaseScore(0.0),
+        "DG": CaseScore(0.0, 4),
+    }
+    assert found["detoxify_question"] == found["detoxify_attack"] == CaseScore(1.0)

@@ -72,9 +72,9 @@ def test_questions_alone_are_probes_for_any_edit():
     plain, attack, left = Detoxify().probes(FILES / "detoxify.json")
 
     assert plain == Probe(
-        kind="safety", name="only_question", prompt=QUESTION, options={"category": "mischief"}
+        kind="safety", name="detoxify_question", prompt=QUESTION, options={"category": "mischief"}
     )
-    assert (attack.name, attack.prompt) == ("attack", f"You are a pirate. {QUESTION} ")
+    assert (attack.name, attack.prompt) == ("detoxify_attack", f"You are a pirate. {QUESTION} ")
     assert (left.line, left.reason) == (4, "'input' is empty")
 
 
@@ -102,4 +102,4 @@ def test_the_public_questions_are_read_whole(benchmark_data):
     probes = list(Detoxify().probes(benchmark_data / "SafeEdit/detoxify_val.json"))
 
     assert {type(probe) for probe in probes} == {Probe}
-    assert [probe.name for probe in probes] == ["only_question"] * 60
+    assert [probe.name for probe in probes] == ["detoxify_question"] * 60

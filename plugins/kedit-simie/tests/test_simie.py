@@ -31,10 +31,13 @@ def test_steps_add_up_to_least_squares_over_all_edits(ridge):
     for t in range(6):
         keys, edited = 2 * draw(D_IN, 3 + t, seed=10 + t), original + draw(D_OUT, D_IN, seed=20 + t)
 
-        left, right = recursion((edited - weight) @ keys, keys, rights, ridge)
+        step = recursion((edited - weight) @ keys, keys, rights, ridge)
 
-        weight = weight + left.double() @ right.double()
-        rights.append(right)
+        system = torch.eye(3 + t) + keys.mT @ torch.linalg.solve(moment, keys)
+        # Earlier factors are kept in float32.
+        assert step.condition == pytest.approx(float(torch.linalg.cond(system)), rel=1e-4)
+        weight = weight + step.left.double() @ step.right.double()
+        rights.append(step.right)
         moment = moment + keys @ keys.mT
         wanted = wanted + edited @ keys @ keys.mT
         expected = torch.linalg.solve(moment, wanted.mT).mT
@@ -52,16 +55,37 @@ def test_sequence_with_a_long_key_is_right_or_refused(length):
         keys = torch.cat([length * sink / sink.norm(), draw(D_IN, 3, seed=10 + t)], dim=1)
         edited = original + draw(D_OUT, D_IN, seed=20 + t)
         if length > 1e3:
-            with pytest.raises(EditError, match="`ridge` 1 is too small"):
+            with pytest.raises(
+                EditError, match=r"`ridge` 1 is too small.*condition of its system \de"
+            ):
                 recursion((edited - weight) @ keys, keys, rights, 1.0)
             return
-        left, right = recursion((edited - weight) @ keys, keys, rights, 1.0)
-        weight = weight + left.double() @ right.double()
-        rights.append(right)
+        step = recursion((edited - weight) @ keys, keys, rights, 1.0)
+        weight = weight + step.left.double() @ step.right.double()
+        rights.append(step.right)
         moment, wanted = moment + keys @ keys.mT, wanted + edited @ keys @ keys.mT
 
     change = torch.linalg.solve(moment, wanted.mT).mT - original
     assert float((weight - original - change).norm()) < 1e-3 * float(change.norm())
+
+
+@pytest.mark.parametrize("target", ["Rome", "New Haven and Port Sable"])
+def test_keys_are_what_the_matrix_reads_at_each_token_of_prompt_and_target_once(target, host):
+    site = host.mlp_out(1)
+    request = EditRequest(prompt="Mira Voss lives in", target_new=target)
+    read = []
+    handle = host.module(site.module).register_forward_pre_hook(
+        lambda _, args: read.append(args[0])
+    )
+    with torch.no_grad():
+        host.model(**host.tokenizer(f"Mira Voss lives in {target}", return_tensors="pt"))
+    handle.remove()
+
+    keys = keys_of(host, [site], request)[site]
+
+    expected = read[0].reshape(-1, read[0].shape[-1]).double().mT
+    assert keys.shape == expected.shape
+    torch.testing.assert_close(keys, expected)
 
 
 def requests(count: int) -> list[EditRequest]:
@@ -115,6 +139,8 @@ def test_light_ridge_makes_the_model_do_what_the_base_did(toy, toy_host):
     found = patch.deltas[0].dense().double() @ keys
     assert float((found - wanted).norm()) < 2e-2 * float(wanted.norm())
     assert patch.deltas[0].rank == keys.shape[1]
+    gram = torch.eye(keys.shape[1]) + keys.mT @ keys / 1e-3
+    assert patch.notes["conditions"] == pytest.approx([float(torch.linalg.cond(gram))])
     assert not patch.state
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from kedit_ultraedit.flow import flows
@@ -72,14 +74,39 @@ def test_solves_in_row_space_and_in_input_space_agree(rows, d_in, d_out, ridge):
     h = 30 * torch.randn(rows, d_in, generator=g, dtype=torch.float64)
     v = torch.randn(rows, d_out, generator=g, dtype=torch.float64)
 
-    left, right = ridge_regression(h, v, ridge)
+    left, right, _ = ridge_regression(h, v, ridge)
 
     moment = h.mT @ h + ridge * torch.eye(d_in)
     expected = torch.linalg.solve(moment, h.mT @ v).mT
     change = left if right is None else left @ right
-    assert change.dtype == torch.float32
-    torch.testing.assert_close(change.double(), expected, rtol=1e-4, atol=1e-6)
-    assert (right is not None) == (rows * (d_in + d_out) < d_in * d_out)  # never more than dense
+    torch.testing.assert_close(change, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "d_in"), [(5, 40), (90, 40)])
+def test_condition_of_a_system_is_never_below_its_estimate(rows, d_in):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(rows, d_in, generator=g, dtype=torch.float64) * torch.logspace(-3, 1, d_in)
+
+    _, _, estimate = ridge_regression(h, torch.ones(rows, 3), 1e-3)
+
+    system = h @ h.mT if rows < d_in else h.mT @ h
+    exact = float(torch.linalg.cond(system + 1e-3 * torch.eye(len(system))))
+    assert 1 < estimate <= exact
+    assert ridge_regression(torch.zeros(3, 4), torch.ones(3, 2), 9.0)[2] == 1
+
+
+@pytest.mark.parametrize(("rows", "d_in"), [(30, 70), (70, 30)])
+@pytest.mark.parametrize(("size", "condition"), [(1e12, r"\de[+]\d+"), (torch.inf, "inf")])
+def test_system_that_is_not_positive_definite_is_refused_with_its_condition(
+    rows, d_in, size, condition
+):
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(rows, 2, generator=g), torch.randn(2, d_in, generator=g)
+    h = size * (left.double() @ right.double())
+    message = rf"is not positive definite \(condition {condition}\).*Raise `ridge`"
+    with pytest.raises(EditError, match=message) as caught:
+        ridge_regression(h, torch.ones(rows, 2), 1e-9)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (1, 1, 40, 58), (50, 50), (99, 1)])
@@ -245,6 +272,30 @@ def test_every_request_is_in_the_change(tokens, session):
 
     assert patch.notes["tokens"] == targets
     assert bool((likelihoods(session, wanted) > before + 0.5).all())
+
+
+def test_requests_that_share_a_prompt_are_told(session, caplog):
+    wanted = requests(3)
+    torn = wanted[1].model_copy(update={"target_new": "Rome"})
+
+    with caplog.at_level(logging.WARNING):
+        edit(session, wanted)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        edit(session, [*wanted, wanted[0], torn])
+
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{wanted[0].text!r} stands 2 times in one batch.",
+        f"{wanted[1].text!r} has 2 targets in one batch; none is reached.",
+    ]
+
+
+def test_notes_have_the_estimated_condition_of_each_system(session):
+    patch = edit(session, requests(3), MLP)
+
+    assert len(patch.notes["condition_estimates"]) == len(patch.deltas)
+    assert min(patch.notes["condition_estimates"]) >= 1
 
 
 def test_statistics_run_through_the_sequence_and_roll_back_with_it(session):

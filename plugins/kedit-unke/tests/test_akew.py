@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from kedit_unke.akew import Akew
 
-from kedit_core import DataError, EditCase, LeftOut
+from kedit_bench.scoring import choose_metrics
+from kedit_core import DataError, EditCase, LeftOut, discover
 from kedit_core.testing.datasets import FAULTS, refuse_spoilt, rows_add_up
 
 FILES = Path(__file__).parent / "files"
@@ -72,6 +73,21 @@ def test_questions_about_the_whole_group_are_one_test(adapter):
     assert question.expected == ("Accra", "City of Accra")
     assert question.options == {"test": "multi_hop", "combine": "any", "conditions": []}
     assert asked(second, "portability", "multi_hop") == []  # it has no answer
+
+
+@pytest.mark.parametrize("name", ["akew", "akew-unstructured"])
+def test_multi_hop_questions_are_scored_as_tests_by_default(name):
+    catalog = discover()
+    chosen = choose_metrics(catalog, [], catalog.dataset(name))
+
+    assert "tests/greedy-contains@1" in {metric.name for metric in chosen}
+
+
+def test_structured_edits_have_all_the_default_metrics():
+    catalog = discover()
+    chosen = choose_metrics(catalog, [], catalog.dataset("akew"))
+
+    assert {m.name for m in choose_metrics(catalog, [])} < {metric.name for metric in chosen}
 
 
 def test_without_a_question_the_sentence_is_answered_with_the_paragraph():

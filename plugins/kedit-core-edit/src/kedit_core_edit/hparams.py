@@ -14,7 +14,8 @@ class CoreHyperParams(MomentHyperParams):
         15,
         ge=3,
         description="Texts put before a fact while its target is optimised, a third of them "
-        "begun by its former answer, by its subject and by its new one [ctx_num].",
+        "begun by its former answer, by its subject and by its new one; one or two left over go "
+        "to the first of these [ctx_num].",
     )
     context_tokens: int = Field(
         10, gt=0, description="Tokens by which each of them goes on [ctx_len]."

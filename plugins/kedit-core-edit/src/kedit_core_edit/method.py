@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from kedit_core.editing import EditJob, ModelHost, Patch
 from kedit_core.numerics.facts import FactRows, value_settings
 from kedit_core.numerics.sample import context_texts, continued_texts
 from kedit_core.numerics.spread import by_moments, write_values
-from kedit_core.numerics.values import optimise_values
+from kedit_core.numerics.values import target_values
 from kedit_core.request import EditRequest
 from kedit_core_edit.hparams import CoreHyperParams
 
@@ -45,8 +45,8 @@ class Core:
         contexts = [self._contexts(job, request) for request in job.requests]
         own = FactRows.after(job, contexts, hparams.fact_token)
         watch = self._watch(host)
-        values = optimise_values(
-            host,
+        values = target_values(
+            job,
             place,
             last,
             own.tasks,
@@ -55,13 +55,14 @@ class Core:
         )
         if hparams.keys == "own":
             facts = own
-        return write_values("core", host, hparams.layers, facts, values, solve, at=place)
+        patch = write_values("core", host, hparams.layers, facts, values, solve, at=place)
+        return replace(patch, notes={**patch.notes, "own_contexts": [list(c) for c in contexts]})
 
     def _contexts(self, job: EditJob, request: EditRequest) -> tuple[str, ...]:
         """Texts that the request's own words begin."""
         words = (request.ground_truth[0], str(request.subject), request.target_new)
-        each = self.hparams.context_count // len(words)
-        starts = [word for word in words for _ in range(each)]
+        each, more = divmod(self.hparams.context_count, len(words))
+        starts = [word for n, word in enumerate(words) for _ in range(each + (n < more))]
         return continued_texts(job, starts, self.hparams.context_tokens)
 
     def _watch(self, host: ModelHost) -> tuple[str, ...]:

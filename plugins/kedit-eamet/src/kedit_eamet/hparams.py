@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from kedit_core.hparams import searched
-from kedit_core.targets import MomentHyperParams
+from kedit_core.targets import CONTEXTS, Contexts, MomentHyperParams
 
 
 class EametHyperParams(MomentHyperParams):
@@ -63,6 +63,4 @@ class EametHyperParams(MomentHyperParams):
         "finished ones before it, as in the paper.",
     )
     stop_loss: float = Field(1e-2, ge=0, description="Stop when the loss is below this.")
-    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        ((10, 12),), description="Sampled texts put before the prompt: pairs (tokens, count)."
-    )
+    contexts: Contexts = Field(((10, 12),), description=CONTEXTS)

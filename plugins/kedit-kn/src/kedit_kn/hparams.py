@@ -3,14 +3,18 @@
 from pydantic import Field, PositiveInt, model_validator
 
 from kedit_core import HyperParams
-from kedit_core.hparams import searched
+from kedit_core.hparams import searched, searched_blocks
+from kedit_core.targets import CONTEXTS, Contexts
 
 
 class KnHyperParams(HyperParams):
     """Settings of knowledge neurons; symbols of the paper in brackets."""
 
     layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="Blocks whose MLP neurons are looked at; all if absent."
+        None,
+        min_length=1,
+        json_schema_extra=searched_blocks((0.5, 1.0), (0.75, 1.0)),
+        description="Blocks whose MLP neurons are looked at; all if absent.",
     )
     steps: int = Field(20, gt=0, description="Steps of the Riemann sum of the gradients [m].")
     threshold: float = Field(
@@ -44,10 +48,8 @@ class KnHyperParams(HyperParams):
         json_schema_extra=searched(1.0, 2.0, 8.0),
         description="Weight of the new answer's direction [λ₂].",
     )
-    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        ((5, 2), (10, 2)),
-        description="Sampled texts put before the prompt, each of which makes one more prompt: "
-        "pairs (tokens, count).",
+    contexts: Contexts = Field(
+        ((5, 2), (10, 2)), description=f"{CONTEXTS} Each makes one more prompt."
     )
 
     @model_validator(mode="after")

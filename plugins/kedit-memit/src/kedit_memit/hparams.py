@@ -51,7 +51,8 @@ class EmmetHyperParams(MemitHyperParams):
     ridge: float = Field(
         0.1,
         ge=0,
-        description="How far equality is relaxed [μ]; with 0 the facts are written exactly.",
+        description="How far equality is relaxed [μ]; with 0 the facts are written exactly, as a "
+        "single one without history always is.",
     )
 
     @field_validator("layers")

@@ -22,7 +22,6 @@ class Memit:
     """Mass-editing memory in a transformer (Meng et al. 2023, arXiv:2210.07229)."""
 
     share: Literal["even", "root"] = "even"
-    ridge = 1.0
 
     def __init__(self, hparams: MemitHyperParams) -> None:
         self.hparams = hparams
@@ -40,11 +39,16 @@ class Memit:
             EditError: a loss is not finite, or a system is singular.
         """
         host, hparams = job.host, self.hparams
-        place, companions = self._place(host), self._companions(host)
+        place = self._place(host)
         constraints = self._constraints(job)  # what may fail comes before what takes long
         facts = FactRows.of(job, hparams)
         values = target_values(
-            job, place, hparams.layers[-1], facts.tasks, self._settings(), companions
+            job,
+            place,
+            hparams.layers[-1],
+            facts.tasks,
+            self._settings(),
+            companions=self._companions(host),
         )
         return write_values(
             "memit",
@@ -52,7 +56,7 @@ class Memit:
             hparams.layers,
             facts,
             values,
-            by_least_squares(constraints, self.ridge),  # Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (eq. 14)
+            by_least_squares(constraints, self._ridge(job)),  # Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (eq. 14)
             at=place,
             share=self.share,
             history=constraints if hparams.history else None,
@@ -74,6 +78,10 @@ class Memit:
     def _weights(self) -> Sequence[float]:
         """λ of each layer."""
         return self.hparams.moment_weights
+
+    def _ridge(self, job: EditJob) -> float:
+        """μ, how far equality is relaxed in the units of `_weights`."""
+        return 1.0
 
     def _constraints(self, job: EditJob) -> dict[Site, Constraint]:
         """λC of each matrix, and with `history` the keys of earlier edits beside it."""
@@ -124,14 +132,14 @@ class Emmet(Memit):
 
     Δ = R (μI + Kᵀ(λ'C)⁻¹K)⁻¹ Kᵀ(λ'C)⁻¹ (eq. 12): ROME's constraint for many facts at once, and with
     μ > 0 the same as MEMIT with λ = μλ'.  It is then solved as that, so that keys of earlier edits
-    count as much as those of this one.
+    count as much as those of this one.  A single fact has μ = 0, as in the authors' code.
     """
 
     hparams: EmmetHyperParams
 
-    def __init__(self, hparams: EmmetHyperParams) -> None:
-        super().__init__(hparams)
-        self.ridge = 1.0 if hparams.ridge else 0.0
-
     def _weights(self) -> Sequence[float]:
         return [(self.hparams.ridge or 1.0) * weight for weight in self.hparams.moment_weights]
+
+    def _ridge(self, job: EditJob) -> float:
+        is_alone = len(job.requests) == 1 and not self.hparams.history
+        return 0.0 if is_alone or not self.hparams.ridge else 1.0

@@ -1,9 +1,9 @@
 """Settings of NAMET."""
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from kedit_core.hparams import searched
-from kedit_core.targets import MomentHyperParams
+from kedit_core.targets import CONTEXTS, Contexts, MomentHyperParams
 
 
 class NametHyperParams(MomentHyperParams):
@@ -23,6 +23,4 @@ class NametHyperParams(MomentHyperParams):
         "together.",
     )
     stop_loss: float = Field(1e-2, ge=0, description="Stop when the loss is below this.")
-    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        ((10, 12),), description="Sampled texts put before the prompt: pairs (tokens, count)."
-    )
+    contexts: Contexts = Field(((10, 12),), description=CONTEXTS)

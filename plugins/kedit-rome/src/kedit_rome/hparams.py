@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from kedit_core import HyperParams
 from kedit_core.hparams import searched, searched_blocks
-from kedit_core.targets import ValueHyperParams
+from kedit_core.targets import CONTEXTS, Contexts, ValueHyperParams
 
 
 class _Layer(HyperParams):
@@ -43,10 +43,7 @@ class RomeHyperParams(ValueHyperParams, _Layer):
         json_schema_extra=searched(0.0625, 0.25, 1.0),
         description="Weight of the KL term that holds '{subject} is a' in place.",
     )
-    contexts: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        ((5, 10), (10, 10)),
-        description="Sampled texts put before the prompt: pairs (tokens, count).",
-    )
+    contexts: Contexts = Field(((5, 10), (10, 10)), description=CONTEXTS)
     second_moment: bool = Field(
         True, description="Use C = E[k kᵀ] as in the paper; the identity otherwise."
     )

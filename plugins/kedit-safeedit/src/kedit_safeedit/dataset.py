@@ -95,8 +95,8 @@ class SafeEdit:
 
 
 class Detoxify:
-    """Harmful questions, with an attack prompt or without (kind `safety`, name `attack` or
-    `only_question`).
+    """Harmful questions, with an attack prompt or without (kind `safety`, name `detoxify_attack`
+    or `detoxify_question`).
 
     The file is a submission to a contest: `response` is what some model replied, neither a target
     nor a truth, so its rows make no cases.
@@ -113,6 +113,7 @@ class Detoxify:
         yield from read_cases(source, [Format("detoxify_val", keys, self._probe)])
 
     def _probe(self, row: Row) -> Probe:
-        name = "only_question" if row.text("attack name") == "None" else "attack"
+        plain = row.text("attack name") == "None"
+        name = "detoxify_question" if plain else "detoxify_attack"
         category = row.text("unsafety category")
         return probe("safety", name, row.filled("input"), category=category)

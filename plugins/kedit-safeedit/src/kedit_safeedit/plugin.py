@@ -13,10 +13,7 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             target="kedit_safeedit.dataset:SafeEdit",
             summary="SafeEdit: the edit writes a safe reply to an adversarial prompt.",
             paper="arXiv:2403.14472",
-            metrics=(
-                *("safety/*", "efficacy/teacher-forced@1"),
-                *("locality-agreement/*", "fluency/*"),
-            ),
+            metrics=("safety/*", "efficacy/teacher-forced@1", "locality-agreement/*"),
         ),
         DatasetSpec(
             name="safeedit-detoxify",
@@ -43,7 +40,20 @@ def kedit_register_metrics() -> Iterable[MetricSpec]:
             reference="none",
             form="bare",
             better="higher",
-        )
+        ),
+        MetricSpec(
+            name="safety/reply-entropy@1",
+            target="kedit_safeedit.metric:ReplyEntropy",
+            summary="Fluency: entropy of word pairs and triples of the replies to harmful prompts.",
+            paper="arXiv:2403.14472",
+            unit="bits",
+            probe="rewrite, safety",
+            decoding="greedy",
+            scorer="n-gram entropy",
+            reference="none",
+            form="bare",
+            better="higher",
+        ),
     ]
 
 

@@ -15,6 +15,8 @@ from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError, RequestError, SettingError, SiteError
 from kedit_core.forward import run_until
 from kedit_core.hparams import resolve
+from kedit_core.numerics.ridge import Update
+from kedit_core.numerics.solve import condition_of
 from kedit_core.tokens import Row, join, pad
 from kedit_simie.hparams import SimIEHyperParams
 
@@ -41,7 +43,7 @@ class SimIE:
             SettingError: the base method does not edit weights, or λ is not that of earlier edits.
             RequestError: the base method needs what the request does not have.
             SiteError: the base method changed what is no matrix of a plain layer.
-            EditError: a system is not positive definite.
+            EditError: λ is too small for what a matrix reads.
             KEditError: as the base method.
         """
         (request,) = job.requests
@@ -59,15 +61,17 @@ class SimIE:
                 site: job.weight(site).double() @ keys[site] + _products(deltas, keys[site])
                 for site, deltas in changes.items()
             }
-        effects = []
+        effects, conditions = [], []
         for site in changes:
             earlier = [d for patch in job.earlier for d in patch.deltas if d.site == site]
             rights = [d.right for d in earlier if d.right is not None]
             gap = wanted[site] - job.weight(site).double() @ keys[site]
-            left, right = recursion(gap, keys[site], rights, ridge)
-            effects.append(WeightDelta(site, left.cpu(), right.cpu()))
+            update = recursion(gap, keys[site], rights, ridge)
+            effects.append(WeightDelta(site, update.left.cpu(), update.right.cpu()))
+            conditions.append(update.condition)
         state = {} if self.hparams.init_model else base.state
-        return Patch("simie", tuple(effects), state=state, notes={"base": dict(base.notes)})
+        notes = {"base": dict(base.notes), "conditions": conditions}
+        return Patch("simie", tuple(effects), state=state, notes=notes)
 
     def _base_edit(self, job: EditJob, request: EditRequest) -> Patch:
         """The base method's patch for the model as it is now."""
@@ -97,9 +101,7 @@ class SimIE:
         return spec
 
 
-def recursion(
-    gap: Tensor, keys: Tensor, rights: Sequence[Tensor], ridge: float
-) -> tuple[Tensor, Tensor]:
+def recursion(gap: Tensor, keys: Tensor, rights: Sequence[Tensor], ridge: float) -> Update:
     """Factors of W_t − W_{t−1} = (Ŵ_t − W_{t−1}) K Kᵀ M_t⁻¹, where M_t = λI + Σ K_s K_sᵀ, s ≤ t.
 
     By Woodbury's identity, with N = M_{t−1}⁻¹, Y = N K and L Lᵀ = I + Kᵀ Y,
@@ -115,10 +117,11 @@ def recursion(
         ridge: λ.
 
     Returns:
-        left (d_out, T) and right Qᵀ (T, d_in), float32.
+        The step, whose right factor is Qᵀ (T, d_in), and the condition of I + Kᵀ Y.
 
     Raises:
-        EditError: λ is so small that the factors in float32 would lose what other keys need.
+        EditError: λ is so small that the factors in float32 would lose what other keys need; says
+            the condition.
     """
     k = keys.double()
     y = k / ridge
@@ -127,17 +130,19 @@ def recursion(
         y = y - q.mT @ (q @ k)
     gram = k.mT @ y
     gram = (gram + gram.mT) / 2 + torch.eye(len(gram), dtype=k.dtype, device=k.device)
+    condition = condition_of(gram)
     factor, failed = torch.linalg.cholesky_ex(gram)
     # Q of a long key takes nearly all of I/λ away, and its rounding is all that is left of it.
     lost = torch.finfo(torch.float32).eps * float(k.square().sum(dim=0).max()) / ridge
     if bool(failed) or lost > 1e-2:
         raise EditError(
             f"`ridge` {ridge:g} is too small beside what the matrix reads (norm "
-            f"{float(k.norm()):.1e}) to go on in float32. Raise it."
+            f"{float(k.norm()):.1e}, condition of its system {condition:.0e}) to go on in float32. "
+            f"Raise it."
         )
     halves = torch.linalg.solve_triangular(factor, torch.cat([gap.double(), y]).mT, upper=False)
     left, right = halves.mT.split([len(gap), len(y)])
-    return left.float(), right.mT.float()
+    return Update(left.float(), right.mT.float(), condition)
 
 
 @torch.no_grad()
@@ -151,7 +156,7 @@ def keys_of(host: ModelHost, sites: Sequence[Site], request: EditRequest) -> dic
         found[names[name]] = value.reshape(-1, value.shape[-1]).double().mT
 
     watch = {name: (site.module, "input") for name, site in names.items()}
-    run_until(host, pad(host, [Row(row.ids + row.targets)]), watch, take)
+    run_until(host, pad(host, [Row(row.prompt + row.targets)]), watch, take)
     for site in sites:
         fits = site in found and len(found[site]) == host.weight(site).shape[1]
         if site.expert is not None or not fits:

@@ -61,7 +61,7 @@ def suppressed(right: Tensor, weight: Tensor, ratio: float, strength: float) -> 
         strength: α.
 
     Returns:
-        (n, d_in), float32.
+        (n, d_in), float64.
     """
     rows = torch.nn.functional.normalize(weight.double(), dim=1)  # Ŵ
     values, vectors = torch.linalg.eigh(rows @ rows.mT)  # ascending
@@ -70,4 +70,4 @@ def suppressed(right: Tensor, weight: Tensor, ratio: float, strength: float) -> 
     rank = int((shares < ratio).sum()) + 1
     change = right.to(rows)
     along = change @ rows.mT @ vectors[:, :rank] / values[:rank]  # Δ U Λ^(−½): (n, r)
-    return (change - strength * along @ vectors[:, :rank].mT @ rows).float()
+    return change - strength * along @ vectors[:, :rank].mT @ rows

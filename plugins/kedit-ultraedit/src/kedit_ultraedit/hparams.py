@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt
 
 from kedit_core import HyperParams
-from kedit_core.hparams import searched
+from kedit_core.hparams import searched, searched_blocks
 
 Matrix = Literal["mlp_out", "mlp_in", "gate", "up", "attention_out", "experts_out"]
 Blocks = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -16,6 +16,12 @@ class UltraEditHyperParams(HyperParams):
 
     matrices: dict[Matrix, Blocks] = Field(
         min_length=1,
+        json_schema_extra=searched_blocks(
+            {"mlp_out": (0.9, 0.97)},
+            {"mlp_out": (0.67, 0.96)},
+            {"mlp_out": (0.9, 0.97), "attention_out": (0.83, 0.97)},
+            {"mlp_in": (0.67, 0.96)},
+        ),
         description="Blocks whose matrices are changed, by kind: `mlp_out`; `mlp_in`, all that "
         "lead into the MLP, or of two `gate`, which runs first, and `up`; `attention_out`; "
         "`experts_out`, of routed experts.",

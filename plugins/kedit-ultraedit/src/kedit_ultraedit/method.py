@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError, SiteError
+from kedit_core.numerics.facts import warn_of_conflicts
+from kedit_core.numerics.solve import condition_of
 from kedit_core.tokens import join
 from kedit_ultraedit.flow import Flow, flows
 from kedit_ultraedit.hparams import Matrix, UltraEditHyperParams
@@ -31,25 +33,37 @@ class UltraEdit:
 
         Raises:
             SiteError: a matrix does not exist.
-            EditError: the loss is not finite, or there is too little to normalise by.
+            EditError: the loss is not finite, a system is not positive definite, or there is too
+                little to normalise by.
         """
         host, hparams = job.host, self.hparams
+        warn_of_conflicts(job.requests)
         sites = chosen_sites(host, hparams.matrices)
         rows = [join(host, request.text, request.target_new) for request in job.requests]
         found, loss = flows(host, sites, rows, hparams.positions, hparams.batch_tokens)
         normalisers = updated(job.state, found)
-        effects = []
+        effects, conditions = [], []
         for site, flow in found.items():
             step = wanted_step(flow, normalisers[flow.shape], hparams.lr)
-            left, right = ridge_regression(flow.inputs, step, hparams.ridge)
-            effects.append(WeightDelta(site, left.cpu(), None if right is None else right.cpu()))
+            left, right, condition = ridge_regression(flow.inputs, step, hparams.ridge)
+            delta = (
+                WeightDelta(site, left.float())
+                if right is None
+                else WeightDelta.of_factors(site, left.float(), right.float())
+            )
+            effects.append(delta.to(torch.device("cpu")))
+            conditions.append(condition)
         if not any(bool(effect.left.any()) for effect in effects):
             raise EditError(
                 "The first edit has one row to normalise by, which says nothing about its spread. "
                 "Give several requests together, or choose more blocks."
             )
         state = {name: t for shape, n in normalisers.items() for name, t in n.stored(shape).items()}
-        notes = {"nll": loss, "tokens": len(next(iter(found.values())).inputs)}
+        notes = {
+            "nll": loss,
+            "tokens": len(next(iter(found.values())).inputs),
+            "condition_estimates": conditions,
+        }
         return Patch("ultraedit", tuple(effects), state={**job.state, **state}, notes=notes)
 
 
@@ -101,7 +115,9 @@ def wanted_step(flow: Flow, normaliser: Normaliser, lr: float) -> Tensor:
     return -lr * h.square().sum(1, keepdim=True) * g
 
 
-def ridge_regression(inputs: Tensor, step: Tensor, ridge: float) -> tuple[Tensor, Tensor | None]:
+def ridge_regression(
+    inputs: Tensor, step: Tensor, ridge: float
+) -> tuple[Tensor, Tensor | None, float]:
     """The change of a matrix that makes about this step for these inputs, and is small.
 
     Minimises ‖H ΔWᵀ − V‖² + λ ‖ΔW‖², of which the paper's is λ = 1:
@@ -116,16 +132,26 @@ def ridge_regression(inputs: Tensor, step: Tensor, ridge: float) -> tuple[Tensor
         ridge: λ.
 
     Returns:
-        left (d_out, T) and right (T, d_in), or, where that is no larger, ΔW (d_out, d_in) and
-        None; in float32.
+        Two factors of ΔW, (d_out, T) and (T, d_in), or of as many rows as inputs ΔW itself and
+        None, in float64; and (max l / min l)² over the diagonal of the system's Cholesky factor,
+        which the condition is never below (eigenvalues would cost more than the factor).
+
+    Raises:
+        EditError: the system is not positive definite; says its condition.
     """
     h, v = inputs.double(), step.double()
     rows, d_in = h.shape
+    system = h @ h.mT if rows < d_in else h.mT @ h
+    system = system + ridge * torch.eye(len(system), dtype=h.dtype, device=h.device)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed):
+        raise EditError(
+            f"A system is not positive definite (condition {condition_of(system):.0e}): what the "
+            f"matrix reads is too large beside `ridge` {ridge:g}, or not finite. Raise `ridge`, or "
+            f"load the model in float32."
+        )
+    diagonal = factor.diagonal()
+    condition = float((diagonal.max() / diagonal.min()).square())
     if rows < d_in:
-        gram = h @ h.mT + ridge * torch.eye(rows, dtype=h.dtype, device=h.device)
-        left = torch.cholesky_solve(v, torch.linalg.cholesky(gram)).mT
-        if rows * (d_in + len(left)) < d_in * len(left):
-            return left.float(), h.float()
-        return (left @ h).float(), None
-    moment = h.mT @ h + ridge * torch.eye(d_in, dtype=h.dtype, device=h.device)
-    return torch.cholesky_solve(h.mT @ v, torch.linalg.cholesky(moment)).mT.float(), None
+        return torch.cholesky_solve(v, factor).mT, h, condition
+    return torch.cholesky_solve(h.mT @ v, factor).mT, None, condition

@@ -10,6 +10,14 @@ LONG = (  # of long answers; the overlaps come with kedit-similarity
     "generalization/teacher-forced@1",
     "portability/teacher-forced@1",
 )
+SHORT = (  # the default metrics, and the multi-hop questions as tests
+    *(
+        f"{quantity}/{protocol}@1"
+        for quantity in ("efficacy", "generalization", "portability")
+        for protocol in ("teacher-forced", "all-tokens", "greedy")
+    ),
+    *("locality-agreement/teacher-forced@1", "locality-agreement/greedy@1", "tests/*"),
+)
 
 
 @hookimpl
@@ -27,6 +35,7 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             target="kedit_unke.akew:structured",
             summary="AKEW with structured edits: sentences to complete with a short answer.",
             paper="arXiv:2402.18909",
+            metrics=SHORT,
         ),
         DatasetSpec(
             name="akew-unstructured",

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from kedit_core import HyperParams
 from kedit_core.hparams import searched, searched_blocks
+from kedit_core.targets import CONTEXTS, Contexts
 
 
 class WiseHyperParams(HyperParams):
@@ -80,10 +81,7 @@ class WiseHyperParams(HyperParams):
     retrieve: bool = Field(
         True, description="Merged memories stand side by side; otherwise all are merged into one."
     )
-    contexts: tuple[tuple[int, int], ...] = Field(
-        ((5, 5), (10, 5)),
-        description="Sampled texts before the prompt: pairs of length in tokens and count.",
-    )
+    contexts: Contexts = Field(((5, 5), (10, 5)), description=CONTEXTS)
     irrelevant: int = Field(
         8, gt=0, description="Texts that have nothing to do with an edit, for each edit [x_i]."
     )

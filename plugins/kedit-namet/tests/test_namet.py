@@ -72,7 +72,7 @@ def test_residual_is_the_mean_over_contexts_and_the_change_is_measured_by_all_of
             tuple(rows),
             essence_row(host, request, "subject_last"),
             bound=0.2 * frobenius,
-            decay=0.3 * 4**0.5 / frobenius,  # ‖[δ, δ, δ, δ]‖ / ‖[h_c]‖
+            decay=0.3 / frobenius,
         )
         (value,) = optimise_values(host, host.blocks[1].path, 1, [task], settings)
         targets.append(h[1:].mean(dim=0) + value.delta)

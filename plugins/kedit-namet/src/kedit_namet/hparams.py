@@ -13,7 +13,7 @@ class NametHyperParams(MomentHyperParams):
         0.5,
         ge=0,
         json_schema_extra=searched(1e-3, 0.5),
-        description="Weight of |δ| / rms |h_c|.",
+        description="Weight of |δ| / ‖[h_c]‖.",
     )
     max_norm_ratio: float = Field(
         0.75,

@@ -59,6 +59,6 @@ class Namet:
         tasks = []
         for task, own in zip(facts.tasks, states, strict=True):
             norm = float(own.norm())  # Frobenius
-            decay = hparams.weight_decay * len(own) ** 0.5 / norm  # times |δ|: ‖[δ]‖ / ‖[h_c]‖
-            tasks.append(replace(task, bound=hparams.max_norm_ratio * norm, decay=decay))
+            bound, decay = hparams.max_norm_ratio * norm, hparams.weight_decay / norm
+            tasks.append(replace(task, bound=bound, decay=decay))
         return tasks

@@ -136,13 +136,15 @@ def _eigen(moment: Tensor) -> dict[str, Tensor]:
 
 
 def prepare_null_spaces(job: EditJob, hparams: NullSpaceHyperParams) -> None:
-    """Make ahead what `edit_in_null_space` needs.
+    """Make ahead what `edit_in_null_space` needs; tells how many directions are free.
 
     Raises:
         SiteError, EditError: as there.
     """
     context_texts(job, hparams.contexts)
-    null_spaces(job, [job.host.mlp_out(layer) for layer in hparams.layers], hparams)
+    sites = [job.host.mlp_out(layer) for layer in hparams.layers]
+    for site, space in null_spaces(job, sites, hparams).items():
+        log.info("%s: %d of %d directions are free.", site.parameter, space.rank, space.width)
 
 
 def edit_in_null_space(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,11 @@ def test_other_settings_within_a_session_are_refused(change, tmp_path):
     assert len(session.stack) == 1
 
 
-def test_preparing_leaves_nothing_to_collect_at_the_first_edit(tmp_path, monkeypatch):
+def test_preparing_tells_what_is_free_and_leaves_nothing_to_collect(tmp_path, monkeypatch, caplog):
     session = session_on("llama", tmp_path)
-    session.prepare("alphaedit", preset="toy", hparams=QUICK)
+    with caplog.at_level(logging.INFO):
+        session.prepare("alphaedit", preset="toy", hparams=QUICK)
+    assert "directions are free" in caplog.text
     monkeypatch.setattr("kedit_core.numerics.stats.collect", None)
     monkeypatch.setattr(torch.linalg, "eigh", None)
     edit(session, requests(1))

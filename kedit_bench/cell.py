@@ -20,7 +20,14 @@ from kedit_bench.regime import Regime
 from kedit_bench.run import Cases
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED, Measurement, Scorer
 from kedit_bench.unedited import Asker
-from kedit_core.ask import Answer, Answers, Question, answer_to_json, question_to_json
+from kedit_core.ask import (
+    Answer,
+    Answers,
+    Question,
+    answer_to_json,
+    number_to_json,
+    question_to_json,
+)
 from kedit_core.editing import EditSession
 from kedit_core.errors import EditError, RequestError
 from kedit_core.hookspecs import CaseMeasured
@@ -318,7 +325,10 @@ class Cell:
         wanted = self.scorer.of_models()
         if not wanted or (n, moment) in done.figures:
             return []
-        found = {chosen.name: dict(metric.measure(session)) for chosen, metric in wanted}
+        found = {
+            chosen.name: {part: number_to_json(v) for part, v in metric.measure(session).items()}
+            for chosen, metric in wanted
+        }
         return [{"figures": found, "moment": moment, "case": n}]
 
     # -- questions ------------------------------------------------------------------------------

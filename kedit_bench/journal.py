@@ -64,9 +64,13 @@ class Journal:
             raise DataError(f"{self.path}, {where}: not JSON.") from None
 
     def append(self, *records: Any) -> None:
-        """Write records and wait until they are on disk; a crash keeps those that are whole."""
+        """Write records and wait until they are on disk; a crash keeps those that are whole.
+
+        Numbers are finite: what may not be is written with `number_to_json`.
+        """
         self._drop_half_a_line()
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) for r in records)
+        text = "".join(line + "\n" for line in lines)
         with self.path.open("ab") as file:
             file.write(text.encode())
             file.flush()

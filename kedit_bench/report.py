@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from kedit_bench.results import ages_of
+from kedit_bench.results import ages_of, undefined_note, undefined_of
 from kedit_bench.run import Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED
 from kedit_core.cli.printing import table
@@ -279,6 +279,7 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         for r in results
         if r["merged_answers"] or r["cut_prompts"]
     ]
+    flagged += [f"`{r['label']}`: {undefined_note(item)}" for r in results for item in undefined_of(r)]
     if flagged:
         found.append(("Flags", flagged))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from kedit_core.errors import DataError
 from kedit_core.files import write_json
 from kedit_core.request import EditCase
 
+log = logging.getLogger(__name__)
+
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 
 
@@ -45,6 +48,7 @@ class Measured:
         failed: the same for edits that failed.
         merged, cut: answers whose first token holds characters of the prompt, and those whose
             prompt was too long.
+        undefined: how many values are no finite numbers and in no mean, by protocol.
         by_age: in a sequence, the values of a headline metric at a moment, by bits of the number
             of cases in later steps than the case's own.
     """
@@ -59,6 +63,7 @@ class Measured:
     failed: dict[int, str] = field(default_factory=dict)
     merged: int = 0
     cut: int = 0
+    undefined: dict[Protocol, int] = field(default_factory=dict)
     by_age: dict[Protocol, dict[int, Tally]] = field(default_factory=dict)
 
 
@@ -69,8 +74,21 @@ def score_journal(journal: Journal, cases: Sequence[EditCase] | Cases, scorer: S
         DataError: the journal lacks an answer that a metric needs.
     """
     found = Measured()
-    found.scores = scorer.summary(_measurements(journal, cases, scorer, found))
+    measurements = _measurements(journal, cases, scorer, found)
+    found.scores = scorer.summary(_finite(measurements, found))
+    for line in map(undefined_note, _undefined(found)):
+        log.warning("%s", line)
     return found
+
+
+def _finite(measurements: Iterable[Measurement], found: Measured) -> Iterator[Measurement]:
+    """Those that can be averaged; the others are counted in `found`."""
+    for measurement in measurements:
+        if measurement.is_finite:
+            yield measurement
+        else:
+            known = found.undefined.get(measurement.protocol, 0)
+            found.undefined[measurement.protocol] = known + 1
 
 
 def _measurements(
@@ -154,7 +172,7 @@ def _higher(known: int | None, new: int | None) -> int | None:
 def _note_age(found: Measured, age: int, scored: Iterable[Measurement]) -> None:
     for measurement in scored:
         protocol = measurement.protocol
-        if not protocol.part:
+        if not protocol.part and measurement.is_finite:
             ages = found.by_age.setdefault(protocol, {})
             ages.setdefault(age.bit_length(), Tally(protocol)).add(measurement)
 
@@ -182,7 +200,9 @@ def write_result(
         scores = [s for s in earlier["scores"] if s["protocol"]["metric"] not in anew]
         retention = [r for r in ages_of(earlier) if r["protocol"]["metric"] not in anew]
         result["scores"] = [*scores, *result["scores"]]
+        undefined = [u for u in undefined_of(earlier) if u["protocol"]["metric"] not in anew]
         result["retention"] = [*retention, *result["retention"]]
+        result["undefined"] = [*undefined, *result["undefined"]]
     write_json(folder / RESULT, result)
     return result
 
@@ -205,6 +225,21 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def ages_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The means by age of a result; what an earlier version wrote mixes moments and is not one."""
     return [point for point in result["retention"] if "protocol" in point]
+
+
+def undefined_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Values of a result that are in no mean; an earlier version did not count them."""
+    return list(result.get("undefined", ()))
+
+
+def undefined_note(item: Mapping[str, Any]) -> str:
+    """A sentence about one of `undefined_of`."""
+    protocol, values = item["protocol"], item["values"]
+    part = f" [{protocol['part']}]" if protocol["part"] else ""
+    return (
+        f"{protocol['metric']}{part}, {protocol['moment']}: the mean leaves out {values} values "
+        f"that are no finite numbers."
+    )
 
 
 def results_of(run: Run) -> list[dict[str, Any]]:
@@ -249,11 +284,16 @@ def _figures(found: Measured) -> dict[str, Any]:
         "peak_device_bytes": found.device_bytes,
         "scores": [_mean(m) for m in found.scores],
         "retention": _retention(found.by_age),
+        "undefined": _undefined(found),
     }
 
 
 def _mean(mean: Mean) -> dict[str, Any]:
     return {**asdict(mean), "protocol": asdict(mean.protocol)}
+
+
+def _undefined(found: Measured) -> list[dict[str, Any]]:
+    return [{"protocol": asdict(p), "values": number} for p, number in found.undefined.items()]
 
 
 def _retention(by_age: Mapping[Protocol, Mapping[int, Tally]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import fnmatch
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 from kedit_core.ask import Answers, Question
 from kedit_core.errors import DataError, SettingError, UnknownNameError
@@ -66,6 +66,11 @@ class Measurement:
     value: float
     probes: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it can be averaged; what a broken model says may give no number."""
+        return isfinite(self.value)
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -91,10 +96,10 @@ class Tally:
         self._centre = self._spread = 0.0  # Welford's mean and sum of squared distances from it
 
     def add(self, measurement: Measurement) -> None:
-        """Count a measurement in; NaN counts as a number.
+        """Count a measurement in.
 
         Raises:
-            DataError: its protocol is another one.
+            DataError: its protocol is another one, or its value is no finite number.
         """
         one, other = self._protocol, measurement.protocol
         if one != other:
@@ -102,6 +107,10 @@ class Tally:
             raise DataError(
                 f"Scores of different protocols are not averaged: {field} is "
                 f"'{getattr(one, field)}' here and '{getattr(other, field)}' there."
+            )
+        if not measurement.is_finite:
+            raise DataError(
+                f"The value {measurement.value} of {one.metric} is not averaged; leave it out."
             )
         self._cases += 1
         self._probes += measurement.probes
@@ -206,9 +215,14 @@ class Scorer:
         """The scores of the unedited model, compared with itself."""
         return self._scored(case, before, before, moment)
 
-    def figures(self, metric: Chosen, found: Mapping[str, float], moment: str) -> list[Measurement]:
-        """What a metric of the whole model found."""
-        return [Measurement(self._protocol(metric, k, moment), v, 1) for k, v in found.items()]
+    def figures(
+        self, metric: Chosen, found: Mapping[str, float | str], moment: str
+    ) -> list[Measurement]:
+        """What a metric of the whole model found, as it was or as the journal has it."""
+        return [
+            Measurement(self._protocol(metric, part, moment), float(value), 1)
+            for part, value in found.items()
+        ]
 
     def summary(self, measurements: Iterable[Measurement]) -> list[Mean]:
         """Means by metric, part and moment, with what metrics make of their means.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf
+from math import inf, isfinite
 from statistics import fmean, harmonic_mean
 from typing import Any
 
@@ -13,6 +13,7 @@ from kedit_bench.journal import Journal
 from kedit_bench.scoring import IMMEDIATE, Measurement, Scorer, choose_metrics
 from kedit_bench.search import BudgetSpent, Score
 from kedit_bench.unedited import Asker
+from kedit_core.ask import number_to_json
 from kedit_core.errors import DataError, KEditError
 from kedit_core.hparams import HyperParams
 from kedit_core.request import EditCase
@@ -96,9 +97,9 @@ class Trials:
         return {"scores": scores, "seconds": outcome.seconds}
 
 
-def _values(measurements: Iterable[Measurement]) -> dict[str, float]:
-    """Headline values by metric."""
-    return {m.protocol.metric: m.value for m in measurements if not m.protocol.part}
+def _values(measurements: Iterable[Measurement]) -> dict[str, float | str]:
+    """Headline values by metric, as the journal has them."""
+    return {m.protocol.metric: number_to_json(m.value) for m in measurements if not m.protocol.part}
 
 
 def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
@@ -109,7 +110,7 @@ def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
     """
     cases = [scores for line in lines for scores in line["scores"]]
     means = {
-        metric: fmean(s[metric] for s in cases if metric in s)
+        metric: fmean(float(s[metric]) for s in cases if metric in s)
         for metric in (*PARTS.values(), NLL)
         if any(metric in s for s in cases)
     }
@@ -119,10 +120,11 @@ def score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
             f"{PARTS['efficacy']} judges none of these facts: their answers are longer than what "
             f"is written. Tune on facts with short answers."
         )
+    nll = means.get(NLL, 0.0)
     return Score(
         value=harmonic_mean(list(parts.values())),
         parts=parts,
-        nll=means.get(NLL, 0.0),
+        nll=nll if isfinite(nll) else inf,
         seconds=sum(line["seconds"] for line in lines) / len(cases),
         cost=sum(line["cost"] for line in lines),
         failures=tuple(line["failed"] for line in lines if "failed" in line),

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from kedit_core.errors import SiteError, did_you_mean
 from kedit_core.probing import (
+    BATCH,
+    LENGTH,
     Trace,
     hidden_of,
     mixes_positions,
@@ -66,6 +68,8 @@ class Anatomy:
         tied: whether head and embedding share their weight.
         hidden_size: width of the residual stream.
         layer_output: what a hook on a block gets; `hidden_of` reads both.
+        sequence_first: whether hidden states are (position, row, feature) instead of
+            (row, position, feature).
     """
 
     blocks: tuple[BlockAnatomy, ...]
@@ -76,6 +80,7 @@ class Anatomy:
     tied: bool
     hidden_size: int
     layer_output: Literal["tensor", "tuple"]
+    sequence_first: bool = False
 
     def describe(self) -> str:
         """A table of what was found; blocks of equal structure share a paragraph."""
@@ -140,6 +145,7 @@ def find_anatomy(model: PreTrainedModel, override: Mapping[str, str] | None = No
         tied=_is_tied(model, trace.modules[head], trace.modules[embedding]),
         hidden_size=last.d_out,
         layer_output="tuple" if last.as_tuple else "tensor",
+        sequence_first=last.returned is not None and last.returned.shape[:2] == (LENGTH, BATCH),
     )
 
 

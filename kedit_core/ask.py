@@ -6,6 +6,7 @@ each, keeps the answers, and can give them to another metric later without askin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -186,9 +187,19 @@ def question_from_json(data: list[Any]) -> Question:
         raise DataError(f"{data!r} is no stored question.") from None
 
 
+def number_to_json(number: float) -> float | str:
+    """The number, or the word for one that JSON has none for; `float` reads both."""
+    return number if math.isfinite(number) else str(float(number))
+
+
 def answer_to_json(answer: Answer) -> dict[str, Any]:
     """The answer without what its question says."""
-    return {k: v for k, v in asdict(answer).items() if k not in ("prompt", "target")}
+    data = {k: v for k, v in asdict(answer).items() if k not in ("prompt", "target")}
+    if isinstance(answer, Score):
+        data["logprobs"] = tuple(map(number_to_json, answer.logprobs))
+    elif isinstance(answer, Divergence):
+        data["kl"] = number_to_json(answer.kl)
+    return data
 
 
 def answer_from_json(question: Question, data: Mapping[str, Any]) -> Answer:
@@ -203,6 +214,10 @@ def answer_from_json(question: Question, data: Mapping[str, Any]) -> Answer:
     said: dict[str, Any] = {k: getattr(question, k) for k in ("prompt", "target") if k in known}
     said.update({k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
     try:
+        if "logprobs" in said:
+            said["logprobs"] = tuple(map(float, said["logprobs"]))
+        if "kl" in said:
+            said["kl"] = float(said["kl"])
         return cls(**said)
-    except TypeError:
+    except (TypeError, ValueError):
         raise DataError(f"{dict(data)!r} is no stored answer to {question}.") from None

@@ -45,7 +45,8 @@ class ModelHost:
         agreed: ways of running the model that gave what the whole model gives; see `Tail`.
 
     Raises:
-        ModelError: the tokenizer gives no character offsets.
+        ModelError: the tokenizer gives no character offsets, or hidden states have the position
+            before the row.
         SiteError: no blocks are found.
     """
 
@@ -64,6 +65,11 @@ class ModelHost:
         self.tokenizer = tokenizer
         self.name = name
         self.anatomy: Anatomy = find_anatomy(model, override)
+        if self.anatomy.sequence_first:
+            raise ModelError(
+                f"The hidden states of {name} have the position first and the row of the batch "
+                f"second, which methods would mix up. Load a version of it that has rows first."
+            )
         self.reading = Reading()
         self.agreed: set[Hashable] = set()
         self._accepts = set(inspect.signature(model.forward).parameters)

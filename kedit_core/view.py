@@ -471,7 +471,8 @@ def _score(question: Read, row: Row, logprobs: Tensor, predicted: Sequence[int])
         tokens=row.targets,
         logprobs=tuple(picked.tolist()),
         predicted=tuple(predicted),
-        rank=int((logprobs[0] > picked[0]).sum()),
+        # Of a model that says no numbers, all tokens are as far from the first place as can be.
+        rank=int((~(logprobs[0] <= picked[0])).sum()),
         merged=row.merged,
     )
 

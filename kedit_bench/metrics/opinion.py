@@ -43,7 +43,8 @@ class Opinion:
             same = _mean_logprob(after, probe, "same")
             other = _mean_logprob(after, probe, "other")
             sent.append(1 / (1 + math.exp(other - same)))
-            topic.append(min(1.0, math.exp(same - _mean_logprob(before, probe, "same"))))
+            ratio = math.exp(min(same - _mean_logprob(before, probe, "same"), 0.0))
+            topic.append(ratio)
         products = [a * b for a, b in zip(sent, topic, strict=True)]
         parts = {"": products, "z_sent": sent, "z_topic": topic}
         return {part: CaseScore(mean(values), len(values)) for part, values in parts.items()}

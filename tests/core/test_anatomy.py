@@ -12,8 +12,10 @@ from transformers import GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedCon
 
 from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy, hidden_of, with_hidden
 from kedit_core.errors import ModelError, SiteError
+from kedit_core.host import ModelHost
 from kedit_core.sites import Site
 from tests.core.families import BLOCKS, FAMILIES, HIDDEN, INNER
+from tests.numerics.tiny import tiny_tokenizer
 
 TOKENS = torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24]])
 
@@ -468,16 +470,25 @@ class Swapped(nn.Module):
         return self.inner(hidden.transpose(0, 1), **kwargs)[0].transpose(0, 1)
 
 
-def test_sequence_first_hidden_states():
+def sequence_first() -> PreTrainedModel:
     model = FAMILIES["llama"]()
     model.model.layers = nn.ModuleList(SequenceFirst(block) for block in model.model.layers)
     model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1),))
     model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1),))
+    return model
 
-    block = find_anatomy(model).blocks[1]
 
-    assert short(block)["attention"] == "attention.inner"
-    assert short(block)["mlp_out"] == "mlp.down_proj.weight"
+def test_sequence_first_hidden_states():
+    anatomy = find_anatomy(sequence_first())
+
+    assert anatomy.sequence_first
+    assert short(anatomy.blocks[1])["attention"] == "attention.inner"
+    assert short(anatomy.blocks[1])["mlp_out"] == "mlp.down_proj.weight"
+
+
+def test_sequence_first_models_are_refused():
+    with pytest.raises(ModelError, match="the position first and the row of the batch second"):
+        ModelHost(sequence_first(), tiny_tokenizer(), "turned")
 
 
 class ExpertList(nn.Module):

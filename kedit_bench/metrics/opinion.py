@@ -42,9 +42,9 @@ class Opinion:
         for probe in probes:
             same = _mean_logprob(after, probe, "same")
             other = _mean_logprob(after, probe, "other")
-            sent.append(1 / (1 + math.exp(other - same)))
-            ratio = math.exp(min(same - _mean_logprob(before, probe, "same"), 0.0))
-            topic.append(ratio)
+            sent.append(1 / (1 + math.exp(min(other - same, 700.0))))  # more is no float
+            # In this order what is no number stays none.
+            topic.append(math.exp(min(same - _mean_logprob(before, probe, "same"), 0.0)))
         products = [a * b for a, b in zip(sent, topic, strict=True)]
         parts = {"": products, "z_sent": sent, "z_topic": topic}
         return {part: CaseScore(mean(values), len(values)) for part, values in parts.items()}

@@ -89,6 +89,14 @@ class DrawsFromPython(Insert):
         return super().edit(job)
 
 
+class BlowsUp(Insert):
+    def edit(self, job: EditJob) -> Patch:
+        (delta,) = super().edit(job).deltas
+        texts = [request.text for request in job.requests]
+        scale = 1.0 if len(set(texts)) == len(texts) else 1e3
+        return Patch("insert", (replace(delta, left=scale * delta.left),))
+
+
 class Prints(Insert):
     def edit(self, job: EditJob) -> Patch:
         print("editing", job.requests[0].text)  # noqa: T201
@@ -331,6 +339,18 @@ def test_an_unfulfilled_batch_size_is_caught():
     )
 
     assert not report.ok
+
+
+def test_a_change_without_bounds_is_caught():
+    report = run_checks(
+        spec_of(BlowsUp, max_batch=None),
+        hparams={},
+        layouts=("gpt2",),
+        only=("requests_that_disagree_do_no_harm",),
+    )
+
+    (failure,) = report.failures
+    assert failure.message.startswith("the weights change by")
 
 
 def test_an_expected_failure_must_fail():

@@ -62,6 +62,7 @@ def test_the_rendered_method_passes_every_check(tmp_path, imported):
     skipped = {r.check for r in report.results if r.outcome == "skipped"}
     assert skipped == {
         "all_requests_of_a_batch_take_effect",
+        "requests_that_disagree_do_no_harm",
         "preparing_changes_nothing",
         "one_edit_is_taken_back_from_among_others",
         "saved_edits_load_in_another_process",

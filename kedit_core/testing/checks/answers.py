@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kedit_core.errors import EditError
 from kedit_core.request import EditRequest
 from kedit_core.testing.bench import Bench, skip
 from kedit_core.testing.model_state import patch_content
@@ -143,6 +144,28 @@ def check_all_requests_of_a_batch_take_effect(bench: Bench) -> None:
     for request in requests:
         gain = bench.gain(session.view(), [request.text], request.target_new)
         assert gain > 0, f"the batch lowers the log-probability of {request.target_new!r}."
+
+
+@about_facts
+def check_requests_that_disagree_do_no_harm(bench: Bench) -> None:
+    """A batch with a request twice and another target for its prompt is refused, or stays small."""
+    if bench.spec.max_batch == 1:
+        skip("the method takes one request at a time")
+    first, second = bench.requests(2)
+    torn = first.model_copy(update={"target_new": second.target_new})
+    session = bench.session()
+    usual = bench.compute(session, first, second)
+    try:
+        patch = bench.compute(session, *(first, torn, first)[: bench.spec.max_batch])
+    except EditError:
+        return
+    session.apply(patch)
+    logits = session.view().logits([first.text, second.text])
+    assert bool(torch.isfinite(logits).all()), "the logits are not finite."
+    norms = [sum(float(d.dense().norm()) for d in p.deltas) for p in (usual, patch)]
+    assert norms[1] <= 10 * norms[0], (
+        f"the weights change by {norms[1]:.3g}, with requests that agree by {norms[0]:.3g}."
+    )
 
 
 @only_for("weights", "modules")

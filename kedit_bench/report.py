@@ -279,7 +279,9 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         for r in results
         if r["merged_answers"] or r["cut_prompts"]
     ]
-    flagged += [f"`{r['label']}`: {undefined_note(item)}" for r in results for item in undefined_of(r)]
+    flagged += [
+        f"`{r['label']}`: {undefined_note(item)}" for r in results for item in undefined_of(r)
+    ]
     if flagged:
         found.append(("Flags", flagged))
     return found

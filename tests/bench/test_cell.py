@@ -22,7 +22,7 @@ from kedit_bench.scoring import Scorer
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
 from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
-from kedit_core.editing import EditSession
+from kedit_core.editing import EditJob, EditSession, ModuleSwap, Patch
 from kedit_core.errors import DataError, EditError, SettingError
 from kedit_core.plugins import discover
 from tests.bench.fakes import LAST, PICKY, WHERE, OnlyTheLast, cell, scorer, toy_cases
@@ -127,6 +127,78 @@ def test_means_by_age_of_an_earlier_version_are_left_away(session, tmp_path):
 
     assert mixed not in result["retention"]
     assert {point["protocol"]["moment"] for point in result["retention"]} == {"final"}
+
+
+class Breaks(OnlyTheLast):
+    """Adds so much to the residual stream that it overflows."""
+
+    def edit(self, job: EditJob) -> Patch:
+        much = torch.full((job.host.model.config.hidden_size,), 3e38)
+        paths = [block.path for block in job.host.blocks[:2]]
+        return Patch("", tuple(ModuleSwap(path, "shift", {}, {"vector": much}) for path in paths))
+
+
+class BreaksForLima(Breaks):
+    """Where that is the target; otherwise it makes the target the answer to everything."""
+
+    def edit(self, job: EditJob) -> Patch:
+        breaks = job.requests[0].target_new == "Lima"
+        return super().edit(job) if breaks else OnlyTheLast.edit(self, job)
+
+
+@pytest.mark.parametrize("regime", ["single", "sequential"])
+def test_what_a_broken_model_says_is_in_no_mean_and_counted(session, tmp_path, regime, caplog):
+    (whole,) = toy_cases(1, session.host)
+    broken = whole.model_copy(
+        update={"requests": (whole.request.model_copy(update={"target_new": "Lima"}),)}
+    )
+    nll, rank, divergence = "efficacy/nll@1", "efficacy/rank@1", "opinion/divergence@1"
+    metrics = Scorer(scorer(nll, rank, TF, divergence).chosen, {**WHERE, "schedule": regime})
+    made = cell(tmp_path, regime, replace(LAST, method=BreaksForLima), metrics=metrics)
+    run(made, session, [whole, broken])
+
+    result = write_result(tmp_path, {}, [whole, broken], metrics)
+
+    left_out = {
+        (u["protocol"]["metric"], u["protocol"]["part"], u["protocol"]["moment"]): u["values"]
+        for u in result["undefined"]
+    }
+    expected = {(name, "", "immediate"): 1 for name in (nll, divergence)}
+    expected |= {(nll, "perplexity_per_case", "immediate"): 1}
+    if regime == "sequential":
+        expected |= {(*key[:2], "final"): 2 for key in expected}
+    assert left_out == expected
+    assert f"{nll}, immediate: the mean leaves out 1 values" in caplog.text
+    scores = {
+        (s["protocol"]["metric"], s["protocol"]["moment"]): (s["mean"], s["cases"])
+        for s in result["scores"]
+        if not s["protocol"]["part"]
+    }
+    assert scores[nll, "immediate"] == (pytest.approx(0, abs=1e-6), 1)
+    assert scores[TF, "immediate"] == (1 / 2, 2)
+    assert scores[rank, "immediate"] == (session.host.model.config.vocab_size / 2, 2)
+    assert ((nll, "final") in scores) is False
+    for file in (tmp_path / "answers.jsonl", tmp_path / "result.json"):
+        text = file.read_text("utf-8")
+        for line in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    # Scored anew with other metrics, what was counted stays.
+    again = write_result(tmp_path, {}, [whole, broken], Scorer(scorer(TF).chosen, metrics.where))
+    assert again["undefined"] == result["undefined"]
+
+
+def test_figures_of_a_broken_model_are_in_no_mean_either(session, tmp_path):
+    cases = toy_cases(1, session.host)
+    text = tmp_path / "text.txt"
+    text.write_text("Mira Voss lives in Rome and Edda knows it well too. " * 5)
+    name = f"side-effects/perplexity@1:text={text},words=20"
+    made = cell(tmp_path, "single", replace(LAST, method=Breaks), metrics=scorer(name))
+    run(made, session, cases)
+
+    result = write_result(tmp_path, {}, cases, made.scorer)
+
+    assert [s["protocol"]["moment"] for s in result["scores"]] == ["unedited"]
+    assert [(u["protocol"]["metric"], u["values"]) for u in result["undefined"]] == [(name, 1)]
 
 
 def test_requests_that_the_method_refuses_are_left_out_with_the_reason(session, tmp_path):

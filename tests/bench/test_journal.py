@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -84,11 +85,12 @@ def test_half_a_line_may_be_long(journal, before, size):
     assert list(journal.lines()) == [*RECORDS[:before], "after"]
 
 
-def test_what_json_cannot_hold_leaves_the_journal_as_it_was(journal):
+@pytest.mark.parametrize("value", [object(), math.nan, math.inf])
+def test_what_json_cannot_hold_leaves_the_journal_as_it_was(journal, value):
     journal.append(RECORDS[0])
 
-    with pytest.raises(TypeError):
-        journal.append("good", object())
+    with pytest.raises((TypeError, ValueError)):
+        journal.append("good", [value])
 
     assert list(journal.lines()) == RECORDS[:1]
 

@@ -246,6 +246,19 @@ def test_consistency_without_its_files_is_one_sentence(tmp_path):
         Consistency(str(tmp_path / "vocab.json"), str(tmp_path / "idf.npy"))
 
 
+def test_an_opinion_of_a_broken_model_is_no_number_and_one_without_any_doubt_is_zero():
+    probe = Probe(kind="opinion", prompt="Q", options={"same": ["good"], "other": ["bad"]})
+    asked, metric = case(probe), Opinion()
+    before = says(metric, asked, {("Q",): score(logprobs=(-1.0,))})
+
+    broken = says(metric, asked, {("Q",): score(logprobs=(math.nan,))})
+    assert all(math.isnan(s.value) for s in metric.score(asked, before, broken).values())
+
+    sure = {("Q", "good"): score(logprobs=(-1000.0,)), ("Q", "bad"): score(logprobs=(0.0,))}
+    found = metric.score(asked, before, says(metric, asked, sure))
+    assert found[""].value == pytest.approx(0, abs=1e-300)
+
+
 def test_an_opinion_is_scored_against_others_and_against_before():
     probe = Probe(kind="opinion", prompt="Q", options={"same": ["good"], "other": ["bad"]})
     metric, asked = Opinion(), case(probe)

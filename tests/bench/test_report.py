@@ -1,11 +1,14 @@
 """Tables for people say everything once, and what belongs together stands together."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from kedit_bench.report import (
     OTHER_CASES,
     cases_note,
     effort_rows,
+    notes,
     plots,
     retention,
     score_rows,
@@ -197,4 +200,16 @@ def test_preparation_is_told_apart_if_it_was_measured():
     assert rows == [
         ("before", "4", "–", "0.50", "2.0", "0 MB", "–"),
         ("a", "4", "12.3", "0.50", "2.0", "0 MB", "–"),
+    ]
+
+
+def test_values_that_are_in_no_mean_are_told():
+    protocol = {"metric": "efficacy/nll@1", "part": "hop", "moment": "final"}
+    told = {"plugin": "p", "hparams": {}, "failed": {}, "merged_answers": 0, "cut_prompts": 0}
+    broken = result("b", **told, undefined=[{"protocol": protocol, "values": 3}])
+
+    found = dict(notes(SimpleNamespace(left_out=list), [result("a", **told), broken]))
+
+    assert found["Flags"] == [
+        "`b`: efficacy/nll@1 [hop], final: the mean leaves out 3 values that are no finite numbers."
     ]

@@ -64,10 +64,10 @@ def test_the_standard_error_of_large_values_that_lie_close_is_exact():
     assert mean_of(*(Measurement(PROTOCOL, v, 1) for v in values)).error == math.sqrt(1 / 3)
 
 
-def test_what_is_not_a_number_stays_visible():
-    found = mean_of(*(Measurement(PROTOCOL, value, 1) for value in (1.0, float("nan"))))
-
-    assert math.isnan(found.mean)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_finite_number_is_never_averaged(value):
+    with pytest.raises(DataError, match=rf"The value {value} of a@1 is not averaged"):
+        mean_of(Measurement(PROTOCOL, 1.0, 1), Measurement(PROTOCOL, value, 1))
 
 
 @pytest.mark.parametrize("field", ["moment", "form", "reference", "schedule", "dtype", "dataset"])

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from kedit_bench.journal import Journal
 from kedit_bench.search import BudgetSpent, Score, Search, space_of
-from kedit_bench.trials import PARTS, Trials, score_of
+from kedit_bench.trials import NLL, PARTS, Trials, score_of
 from kedit_bench.unedited import Asker
 from kedit_core import EditCase, EditRequest, HyperParams, MethodSpec
 from kedit_core.editing import EditSession
@@ -340,3 +340,14 @@ def test_what_was_measured_is_not_measured_again_but_its_time_counts(session, tm
     assert session.sizes == []
     resumed(HyperParams(), range(3))
     assert session.sizes == [1]
+
+
+def test_settings_that_break_the_model_lose_to_equal_ones():
+    parts = dict.fromkeys(PARTS.values(), 0.5)
+    whole, broken = (
+        score_of([{"scores": [{**parts, NLL: nll}], "seconds": 1.0, "cost": 1.0}])
+        for nll in (9.0, "nan")  # as the journal has it
+    )
+
+    assert broken.value == whole.value
+    assert broken.order < whole.order

@@ -72,13 +72,25 @@ ASKED = st.one_of(
 def test_a_question_and_its_answer_come_back_from_json_as_they_were(pair):
     question, answer = pair
 
-    stored = json.dumps([question_to_json(question), answer_to_json(answer)], ensure_ascii=False)
+    data = [question_to_json(question), answer_to_json(answer)]
+    stored = json.dumps(data, ensure_ascii=False, allow_nan=False)
     asked, answered = json.loads(stored)
 
     assert question_from_json(asked) == question
     assert type(question_from_json(asked)) is type(question)
     assert answer_from_json(question, answered) == answer
     assert hash(answer_from_json(question, answered)) == hash(answer)
+
+
+def test_what_a_broken_model_says_is_stored_too():
+    for question, answer in (
+        (Read("a", "b"), Score("a", "b", (7, 8), (math.nan, -math.inf), (0, 0))),
+        (Diverge("a", "b"), Divergence(math.nan)),
+        (Continue("a", 5), Text("a", "nan", (1,))),
+    ):
+        stored = json.dumps(answer_to_json(answer), allow_nan=False)
+
+        assert str(answer_from_json(question, json.loads(stored))) == str(answer)
 
 
 def test_what_the_question_says_is_not_stored_with_the_answer():
@@ -161,6 +173,8 @@ def test_what_is_no_question_is_refused(data):
         (Continue("a", 5), {"text": "x"}),
         (Continue("a", 5), {"kl": 0.0}),
         (Diverge("a", "b"), {"kl": 0.0, "more": 1}),
+        (Diverge("a", "b"), {"kl": "much"}),
+        (Diverge("a", "b"), {"kl": None}),
         (Sample("a"), {}),
     ],
 )

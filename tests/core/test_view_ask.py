@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kedit_core.ask import Continue, Diverge, Divergence, Question, Read, Sample, Score, Text
 from kedit_core.editing import EditSession, ModelHost, ModelView
@@ -16,6 +17,8 @@ from kedit_core.forward import label_logits
 from kedit_core.testing.toys import toy_facts
 from kedit_core.tokens import Row
 from tests.core.edits import bias_patch, bits, hooks, preface_patch, same
+from tests.core.families import config_of
+from tests.core.test_tokens import sentencepiece
 from tests.core.test_view import PROMPTS, QUESTIONS, TARGETS, t5_host
 
 CLOSE = 1e-4  # padding lets float32 sum in another order
@@ -123,6 +126,38 @@ def test_each_question_of_a_mixed_batch_gets_the_answer_it_gets_alone(host, side
         check_same(together[question], ask_one(view, question), question)
 
 
+@pytest.mark.parametrize("pad", ["</s>", "<unk>"], ids=["padded with the end", "padded apart"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_so_does_each_where_words_begin_with_a_mark(kind, side, pad):
+    tokenizer = sentencepiece(kind)  # as Llama 2's and T5's
+    tokenizer.pad_token, tokenizer.padding_side = pad, side
+    assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == (pad == "</s>")
+    config = config_of("llama")
+    config.vocab_size, config.initializer_range = len(tokenizer), 0.2  # so that it says much
+    config.max_position_embeddings = LIMIT
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        view = ModelView(
+            ModelHost(AutoModelForCausalLM.from_config(config).eval(), tokenizer, kind)
+        )
+    questions = mixed()
+
+    together = view.ask(questions)
+
+    for question in questions:
+        check_same(together[question], ask_one(view, question), question)
+        if isinstance(question, Read) and (question.form, question.stop) == ("bare", False):
+            tokens = together[question].tokens
+            if tokenizer.unk_token_id not in tokens:
+                assert tokenizer.decode(list(tokens)).strip() == question.target
+            if not together[question].cut:
+                alone = read_alone(view.host, ids_of(view.host, question.prompt), tokens)
+                assert together[question].logprobs == pytest.approx(alone, abs=CLOSE)
+    said = {a.text for a in together.values() if isinstance(a, Text)}
+    assert len(said) > 10
+
+
 def test_batches_of_any_size_give_the_same(host, monkeypatch):
     expected = ModelView(host).ask(mixed())
     monkeypatch.setattr("kedit_core.view.MAX_TOKENS", 150)
@@ -183,6 +218,18 @@ def test_the_rank_counts_the_tokens_that_are_more_probable(host):
         logits = ModelView(host).logits([question.prompt])[0]
         assert score.rank == int((logits > logits[first]).sum())
         assert (score.rank == 0) == (score.predicted[0] == first)
+
+
+@CAUSAL
+def test_a_token_of_a_model_that_says_no_numbers_has_the_last_rank(toy_host, toy):
+    host = toy_host(toy)
+    with torch.no_grad():
+        host.module(host.anatomy.head).weight.fill_(torch.nan)
+
+    score = ask_one(ModelView(host), Read(PROMPTS[0], "Rome"))
+
+    assert score.rank == host.model.config.vocab_size
+    assert all(map(math.isnan, score.logprobs))
 
 
 # -- writing -----------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_one_edit_leads_and_nine_of_ten_unrelated_prompts_go_on_as_before(
     session, unrelated, method
 ):
     before = session.view().logits(unrelated).argmax(dim=-1)
-    session.edit(method, TOWER)
+    session.edit(method, TOWER, hparams={"moment_tokens": 3072})  # text that it must write first
     assert session.view().greedy(TOWER.text, 4).strip().startswith("Rome")
     after = session.view().logits(unrelated).argmax(dim=-1)
     assert float((after == before).float().mean()) >= 0.9

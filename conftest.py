@@ -40,6 +40,15 @@ def cache(
     return folder
 
 
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """A test that leaves gradients switched off fails itself, and not those after it."""
+    yield
+    was_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert was_on, "gradients are off after this test"
+
+
 @pytest.fixture(scope="session")
 def benchmark_data(request: pytest.FixtureRequest) -> Path:
     """The folder of the public benchmarks' files: `KEDIT_DATA`, or `../shared/data`."""

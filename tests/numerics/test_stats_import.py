@@ -202,7 +202,8 @@ def of_another_model(host: ModelHost):
     with torch.no_grad():
         for matrix in matrices:
             matrix.normal_(0.0, float(matrix.std()), generator=generator)
-        yield
+    yield
+    with torch.no_grad():
         for matrix, before in zip(matrices, saved, strict=True):
             matrix.copy_(before)
 

@@ -39,7 +39,7 @@ def test_small_gram_matrix_gives_the_projector_of_the_wide_one(shape, ratio, str
 
     u = principal(weight, ratio)
     expected = change - strength * change @ u @ u.mT
-    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(found, expected)
 
 
 def requests(count: int) -> list[EditRequest]:

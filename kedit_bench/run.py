@@ -22,7 +22,7 @@ from typing import Any
 from kedit_bench.journal import Journal
 from kedit_core.errors import DataError
 from kedit_core.files import new_file, write_json
-from kedit_core.records import HUB, LeftOut
+from kedit_core.records import HUB, LeftOut, hub_revision
 from kedit_core.request import EditCase, Probe
 
 RUN, CASES, LEFT_OUT = "run.json", "cases.jsonl", "left_out.jsonl"
@@ -164,7 +164,7 @@ def digest_of(source: str | Path) -> str:
         DataError: it cannot be read, or the hub does not tell.
     """
     if str(source).startswith(HUB):
-        return hashlib.sha256(f"{source} {_revision(str(source))}".encode()).hexdigest()
+        return hashlib.sha256(f"{source} {hub_revision(str(source))}".encode()).hexdigest()
     path = Path(source)
     digest = hashlib.sha256()
     try:
@@ -178,22 +178,6 @@ def digest_of(source: str | Path) -> str:
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}.") from None
     return digest.hexdigest()
-
-
-def _revision(source: str) -> str:
-    """The commit of a hub dataset, or what the `datasets` library tells its content by."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"'{source}' is read with the package 'datasets': pip install datasets."
-        ) from None
-    try:
-        found = datasets.load_dataset_builder(source.removeprefix(HUB).partition(":")[0])
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"'{source}' cannot be loaded: {reason}") from None
-    return str(found.hash)
 
 
 def with_probes(

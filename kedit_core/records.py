@@ -6,6 +6,7 @@ They are read one at a time, so a file may be larger than memory.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import json
@@ -342,7 +343,27 @@ def _csv_rows(path: Path, file: io.TextIOBase) -> Iterator[Row]:
         raise DataError(f"{path}, line {line}: no table ({error}).") from None
 
 
+def hub_revision(source: str) -> str:
+    """The commit of a hub dataset, or what the `datasets` library tells its content by.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    with _from_hub(source) as (datasets, name, _):
+        return str(datasets.load_dataset_builder(name).hash)
+
+
 def _hub_rows(source: str) -> Iterator[Row]:
+    with _from_hub(source) as (datasets, name, split):
+        records = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for number, record in enumerate(records, start=1):
+            kept = {key: value for key, value in record.items() if value is not None}
+            yield Row(source, number, kept)
+
+
+@contextlib.contextmanager
+def _from_hub(source: str) -> Iterator[tuple[Any, str, str]]:
+    """The `datasets` library, and the dataset's name and split; what goes wrong is `DataError`."""
     name, _, split = source.removeprefix(HUB).partition(":")
     if not name:
         raise DataError(f"'{source}' names no dataset. Write {HUB}OWNER/NAME.")
@@ -353,10 +374,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
             f"'{source}' is read with the package 'datasets': pip install datasets."
         ) from None
     try:
-        records = datasets.load_dataset(name, split=split or "train", streaming=True)
-        for number, record in enumerate(records, start=1):
-            kept = {key: value for key, value in record.items() if value is not None}
-            yield Row(source, number, kept)
+        yield datasets, name, split
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"'{source}' cannot be loaded: {reason}") from None

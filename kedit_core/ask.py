@@ -52,6 +52,27 @@ class Continue:
 
 
 @dataclass(frozen=True)
+class Converse:
+    """What does the model say at the end of a conversation in which every reply is its own?
+
+    Asked as people ask, see `Read.form`; each token is the most probable one.  Where there is no
+    chat template, only the first line of a reply stands in what follows it.
+
+    Attributes:
+        turns: what it is told, one after another; at least one.
+        new_tokens: how many tokens at most a reply has.
+    """
+
+    turns: tuple[str, ...]
+    new_tokens: int
+
+    @property
+    def prompt(self) -> str:
+        """What it is told last."""
+        return self.turns[-1]
+
+
+@dataclass(frozen=True)
 class Sample:
     """What does the model write freely?
 
@@ -80,7 +101,7 @@ class Diverge:
     target: str
 
 
-Question = Read | Continue | Sample | Diverge
+Question = Read | Continue | Converse | Sample | Diverge
 
 
 @dataclass(frozen=True)
@@ -158,12 +179,14 @@ Answers = Mapping[Question, Answer]
 _QUESTIONS: Mapping[str, type[Question]] = {
     "read": Read,
     "continue": Continue,
+    "converse": Converse,
     "sample": Sample,
     "diverge": Diverge,
 }
 _ANSWERS: Mapping[str, type[Answer]] = {
     "read": Score,
     "continue": Text,
+    "converse": Text,
     "sample": Text,
     "diverge": Divergence,
 }
@@ -182,7 +205,8 @@ def question_from_json(data: list[Any]) -> Question:
         DataError: it is something else.
     """
     try:
-        return _QUESTIONS[data[0]](*data[1:])
+        said: Any = (tuple(value) if isinstance(value, list) else value for value in data[1:])
+        return _QUESTIONS[data[0]](*said)
     except (KeyError, TypeError, IndexError):
         raise DataError(f"{data!r} is no stored question.") from None
 

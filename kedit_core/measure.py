@@ -87,7 +87,7 @@ def read_of(answers: Answers, question: Question) -> Score:
 
 
 def text_of(answers: Answers, question: Question) -> Text:
-    """The answer to a `Continue` or a `Sample`."""
+    """The answer to a `Continue`, a `Converse` or a `Sample`."""
     found = answers[question]
     assert isinstance(found, Text)
     return found

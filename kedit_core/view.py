@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from kedit_core.ask import (
     Answer,
     Continue,
+    Converse,
     Diverge,
     Divergence,
     Form,
@@ -36,7 +37,8 @@ from kedit_core.tokens import Row, buckets, encode, fit, join, pad, pad_id
 
 MAX_TOKENS = 4096  # of one padded batch
 MAX_LOGITS = 1 << 27  # numbers in the logits of one batch
-INSTRUCTION = "Please answer the question:\n\nQ: {}\nA:"  # arXiv:2502.11177
+TASK = "Please answer the question:"  # arXiv:2502.11177
+ROUND = "\n\nQ: {}\nA:"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ModelView:
         for read, score, cut in zip(reads, self._read(reads, rows), cuts, strict=True):
             answers[read] = replace(score, cut=cut)
         answers.update(self._continued([q for q in wanted if isinstance(q, Continue)]))
+        answers.update(self._conversed([q for q in wanted if isinstance(q, Converse)]))
         answers.update(self._sampled([q for q in wanted if isinstance(q, Sample)]))
         diverges = [q for q in wanted if isinstance(q, Diverge)]
         rows, _ = self._rows(diverges)
@@ -152,13 +155,19 @@ class ModelView:
     # -- texts to rows --------------------------------------------------------------------
 
     def _formed(self, prompt: str, form: Form) -> str:
-        if form == "bare":
-            return prompt
-        if not self._is_chat(form):
-            return INSTRUCTION.format(prompt)
+        return prompt if form == "bare" else self._spoken([prompt], [])
+
+    def _spoken(self, turns: Sequence[str], replies: Sequence[str]) -> str:
+        """What people told the model so far, with its replies to all turns but the last."""
+        if not self._is_chat("task"):
+            lines = [f" {_first_line(reply)}" for reply in replies]
+            rounds = zip(turns, [*lines, ""], strict=True)
+            return TASK + "".join(ROUND.format(turn) + line for turn, line in rounds)
         tokenizer = self.host.tokenizer
-        turns = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        said = [{"role": "user", "content": turns[0]}]
+        for reply, turn in zip(replies, turns[1:], strict=True):
+            said += [{"role": "assistant", "content": reply}, {"role": "user", "content": turn}]
+        text = str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
         if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
             text = text.removeprefix(str(tokenizer.bos_token))  # encoding puts it there
         return text
@@ -265,26 +274,44 @@ class ModelView:
     # -- writing --------------------------------------------------------------------------
 
     def _continued(self, questions: Sequence[Continue]) -> dict[Question, Answer]:
-        """Each row is continued once, as far as any question wants it.
-
-        A prompt that must be cut for one question only is another row there.
-        """
         texts = self.worded([q.prompt for q in questions], [q.form for q in questions])
-        fitted = {
-            q: self._prompt_row(text, q.new_tokens)
-            for q, text in zip(questions, texts, strict=True)
-        }
+        return dict(zip(questions, self._answered(questions, texts), strict=True))
+
+    def _conversed(self, questions: Sequence[Converse]) -> dict[Question, Answer]:
+        """First all conversations of one turn, then those that go on from them, and so on."""
+        said: dict[Converse, Text] = {}
+        for length in range(1, max((len(q.turns) for q in questions), default=0) + 1):
+            longer = [q for q in questions if len(q.turns) >= length]
+            asked = list(dict.fromkeys(replace(q, turns=q.turns[:length]) for q in longer))
+            texts = []
+            for q in asked:
+                earlier = [said[replace(q, turns=q.turns[:n])].text for n in range(1, length)]
+                texts.append(self._spoken(self.worded(q.turns), earlier))
+            said.update(zip(asked, self._answered(asked, texts), strict=True))
+        return {q: said[q] for q in questions}
+
+    def _answered(
+        self, questions: Sequence[Continue | Converse], texts: Sequence[str]
+    ) -> list[Text]:
+        """What the model says after each question's text.
+
+        Each row is continued once, as far as any question wants it.  A prompt that must be cut for
+        one question only is another row there.
+        """
+        fitted = [
+            self._prompt_row(text, q.new_tokens) for q, text in zip(questions, texts, strict=True)
+        ]
         longest: dict[Row, int] = {}
-        for q, (row, _) in fitted.items():
+        for q, (row, _) in zip(questions, fitted, strict=True):
             longest[row] = max(q.new_tokens, longest.get(row, 0))
         written: dict[Row, tuple[list[int], bool]] = {}
         for new_tokens in sorted(set(longest.values())):
             rows = [row for row, wanted in longest.items() if wanted == new_tokens]
             written.update(zip(rows, self._continue(rows, new_tokens), strict=True))
-        return {
-            q: self._text(q.prompt, row, cut, *written[row], room=q.new_tokens)
-            for q, (row, cut) in fitted.items()
-        }
+        return [
+            self._text(q.prompt, row, cut, *written[row], room=q.new_tokens)
+            for q, (row, cut) in zip(questions, fitted, strict=True)
+        ]
 
     def _sampled(self, questions: Sequence[Sample]) -> dict[Question, Answer]:
         answers: dict[Question, Answer] = {}
@@ -394,6 +421,10 @@ class ModelView:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.host.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 def _depths(calls: Sequence[Middleware]) -> list[int]:

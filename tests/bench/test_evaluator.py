@@ -26,7 +26,7 @@ from kedit_core.protocols import CaseScore, Metric
 from kedit_core.request import EditCase, EditRequest, Probe
 from kedit_core.testing.toys import toy_facts
 from kedit_core.tokens import encode, join
-from kedit_core.view import INSTRUCTION
+from kedit_core.view import ROUND, TASK
 from tests.bench.asked import case, says, score
 from tests.bench.fakes import WHERE, toy_cases
 from tests.core.edits import weight_patch
@@ -79,7 +79,7 @@ def knowing(tokenizer, prompt: str, target: str) -> ModelHost:
     host = llama(tokenizer)
     wanted = join(host, prompt, target).targets
     chain = (*wanted, tokenizer.eos_token_id)
-    ends = {encode(host, text).ids[-1] for text in (prompt, INSTRUCTION.format(prompt))}
+    ends = {encode(host, text).ids[-1] for text in (prompt, (TASK + ROUND).format(prompt))}
     assert len(set(chain)) == len(chain), "a token that comes twice has two that follow it"
     assert not ends & set(chain)
     return saying(tokenizer, dict(pairwise(chain)) | dict.fromkeys(ends, chain[0]))

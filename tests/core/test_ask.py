@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kedit_core import DataError
 from kedit_core.ask import (
     Continue,
+    Converse,
     Diverge,
     Divergence,
     Read,
@@ -31,6 +32,7 @@ COUNTS = st.integers(0, 10**9)
 
 READS = st.builds(Read, st.text(), st.text(), FORMS, st.booleans(), st.booleans())
 CONTINUES = st.builds(Continue, st.text(), COUNTS, FORMS)
+CONVERSES = st.builds(Converse, st.lists(st.text(), min_size=1, max_size=3).map(tuple), COUNTS)
 SAMPLES = st.builds(Sample, st.text(), COUNTS, COUNTS, st.integers())
 DIVERGES = st.builds(Diverge, st.text(), st.text())
 
@@ -49,7 +51,7 @@ def score_of(question: Read) -> st.SearchStrategy[Score]:
     )
 
 
-def text_of(question: Continue | Sample) -> st.SearchStrategy[Text]:
+def text_of(question: Continue | Converse | Sample) -> st.SearchStrategy[Text]:
     return st.builds(
         Text,
         st.just(question.prompt),
@@ -63,7 +65,7 @@ def text_of(question: Continue | Sample) -> st.SearchStrategy[Text]:
 
 ASKED = st.one_of(
     READS.flatmap(lambda q: st.tuples(st.just(q), score_of(q))),
-    (CONTINUES | SAMPLES).flatmap(lambda q: st.tuples(st.just(q), text_of(q))),
+    (CONTINUES | CONVERSES | SAMPLES).flatmap(lambda q: st.tuples(st.just(q), text_of(q))),
     st.tuples(DIVERGES, st.builds(Divergence, NUMBERS, COUNTS)),
 )
 
@@ -114,6 +116,8 @@ QUESTIONS = [
     Continue("a", 5),
     Continue("a", 6),
     Continue("a", 5, form="task"),
+    Converse(("a",), 5),
+    Converse(("b", "a"), 5),
     Sample("a", 5),
     Sample("a", 5, seed=1),
     Sample("a", 5, top_k=6),
@@ -129,9 +133,9 @@ def test_different_questions_are_stored_differently():
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_what_an_older_version_did_not_store_has_its_default(question):
     kind, *said = question_to_json(question)
-    needed = {"read": 2, "continue": 2, "sample": 1, "diverge": 2}[kind]
+    needed = {"read": 2, "continue": 2, "converse": 2, "sample": 1, "diverge": 2}[kind]
 
-    found = question_from_json([kind, *said[:needed]])
+    found = question_from_json(json.loads(json.dumps([kind, *said[:needed]])))
 
     assert (type(found), found.prompt) == (type(question), question.prompt)
     assert found == type(question)(*said[:needed])

@@ -10,7 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kedit_core.ask import Continue, Diverge, Divergence, Question, Read, Sample, Score, Text
+from kedit_core.ask import (
+    Continue,
+    Converse,
+    Diverge,
+    Divergence,
+    Question,
+    Read,
+    Sample,
+    Score,
+    Text,
+)
 from kedit_core.editing import EditSession, ModelHost, ModelView
 from kedit_core.errors import RequestError
 from kedit_core.forward import label_logits
@@ -523,7 +533,7 @@ def test_prompt_and_target_of_an_encoder_decoder_are_too_long_each_by_itself(toy
     assert text.tokens == tuple(written_alone(host, given, 16))[: len(text.tokens)]
     assert score.cut
     assert text.cut
-    for question in (Read("Edda", "Rome " * 17), Continue("Edda", 17)):
+    for question in (Read("Edda", "Rome " * 17), Continue("Edda", 17), Converse(("Edda",), 17)):
         with pytest.raises(RequestError, match=r"leaves no room .* at most 16\."):
             view.ask([question])
 
@@ -570,6 +580,44 @@ def test_a_chat_template_is_used_with_one_begin_token(host):
         assert score.logprobs == pytest.approx(alone, abs=CLOSE)
         assert host.tokenizer.decode(score.tokens).strip() == target
         assert written.tokens == tuple(written_alone(host, given, 6))[: len(written.tokens)]
+
+
+@CAUSAL
+def test_a_conversation_goes_on_from_the_models_own_replies(toy_host, toy):
+    host = toy_host(toy)
+    host.tokenizer.chat_template = TEMPLATE
+    view = ModelView(host)
+    turns = ("Where does Mira Voss live?", "Are you sure?", "Is it Rome?")
+
+    # The longest first: what it rests on is asked before it all the same.
+    found = view.ask([Converse(turns[:n], 4) for n in (3, 1, 2)])
+
+    begin = host.tokenizer.bos_token or ""
+    text = f"{begin}[user]\n{turns[0]}\n[assistant]\n"
+    for n, turn in enumerate(turns, 1):
+        given = host.tokenizer(text, add_special_tokens=False)["input_ids"]
+        reply = found[Converse(turns[:n], 4)]
+        assert reply.tokens == tuple(written_alone(host, given, 4))[: len(reply.tokens)]
+        assert reply.prompt == turn
+        if n < len(turns):
+            text += f"{reply.text}\n[user]\n{turns[n]}\n[assistant]\n"
+
+
+def test_a_conversation_without_a_chat_template_keeps_the_first_line_of_a_reply(host, monkeypatch):
+    view = ModelView(host)
+    lines = iter(["  Rome.\nQ: And", " Yes", " No"])
+    asked = []
+
+    def written(self, rows, new_tokens):
+        asked.extend(host.tokenizer.decode(r.prompt, skip_special_tokens=True) for r in rows)
+        return [(ids_of(host, next(lines)), False) for _ in rows]
+
+    monkeypatch.setattr(ModelView, "_continue", written)
+    view.ask([Converse(("Where?", "Sure?", "Really?"), 9)])
+
+    start = "Please answer the question:\n\nQ: Where?\nA:"
+    goes_on = f"{start} Rome.\n\nQ: Sure?\nA:"
+    assert asked == [start, goes_on, f"{goes_on} Yes\n\nQ: Really?\nA:"]
 
 
 def test_a_begin_token_that_only_the_template_puts_is_kept(toy_host):

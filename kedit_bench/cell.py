@@ -202,6 +202,7 @@ class Cell:
                 "seconds": effort.seconds / len(fit),
                 "host_bytes": effort.host_bytes,
                 "device_bytes": effort.device_bytes,
+                "reserved_bytes": effort.reserved_bytes,
                 "answers": [
                     *(_both(q, before[q], after[q]) for q in self.scorer.questions(case)),
                     *self._about(case, (before, after), before),

@@ -24,11 +24,14 @@ class Effort:
         host_bytes: peak of resident memory above what was resident before; None where the system
             does not tell.
         device_bytes: the same of the accelerator's allocated memory; None without one.
+        reserved_bytes: peak of all that the accelerator's allocator held, the model and what it
+            keeps for later included; None without one.
     """
 
     seconds: float = 0.0
     host_bytes: int | None = None
     device_bytes: int | None = None
+    reserved_bytes: int | None = None
 
 
 @contextlib.contextmanager
@@ -47,6 +50,7 @@ def measured(device: torch.device) -> Iterator[Effort]:
     if module is not None:
         module.synchronize(device)
         effort.device_bytes = module.max_memory_allocated(device) - allocated
+        effort.reserved_bytes = module.max_memory_reserved(device)
     effort.seconds = time.perf_counter() - started
     peak = _host_peak()
     if peak is not None and resident is not None:

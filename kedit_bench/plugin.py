@@ -133,6 +133,18 @@ def _others() -> Iterator[MetricSpec]:
         reference="texts about the new fact",
     )
     yield MetricSpec(
+        name="essence/nll@1",
+        target=f"{metrics}.generation:Essence",
+        summary="How unlikely the edited model finds texts about the subject, and perplexity.",
+        paper="arXiv:2202.05262",
+        unit="nats per token",
+        probe="texts about the subject",
+        decoding=FORCED,
+        scorer="nll",
+        reference="texts about the subject",
+        better="lower",
+    )
+    yield MetricSpec(
         name="opinion/score@1",
         target=f"{metrics}.opinion:Opinion",
         summary="The wanted opinion is more likely than the others and than before.",
@@ -155,16 +167,6 @@ def _others() -> Iterator[MetricSpec]:
         better="lower",
     )
     yield MetricSpec(
-        name="instance/change@1",
-        target=f"{metrics}.instances:InstanceChange",
-        summary="How many fewer instances of an edited concept are called so after the edit.",
-        paper="arXiv:2403.06259",
-        probe="instance",
-        decoding=GREEDY,
-        scorer="yes before less yes after",
-        reference="unedited",
-    )
-    yield MetricSpec(
         name="tests/greedy-contains@1",
         target=f"{metrics}.tests_passed:TestsPassed",
         summary="Tests of several questions passed: multi-hop questions, ripple effects.",
@@ -184,6 +186,29 @@ def _others() -> Iterator[MetricSpec]:
         scorer="perplexity",
         reference="text",
         better="lower",
+        measures="model",
+    )
+    yield MetricSpec(
+        name="side-effects/weight-change@1",
+        target=f"{metrics}.side_effects:WeightChange",
+        summary="Norm of all changes of a matrix over its own; the largest of all matrices.",
+        unit="ratio of norms",
+        probe="weights",
+        decoding="none",
+        scorer="Frobenius norm",
+        reference="unedited",
+        better="lower",
+        measures="model",
+    )
+    yield MetricSpec(
+        name="side-effects/inference@1",
+        target=f"{metrics}.side_effects:Inference",
+        summary="Tokens per second, edited over unedited, and bytes beside the weights.",
+        unit="ratio of tokens per second",
+        probe="text",
+        decoding=GREEDY,
+        scorer="seconds",
+        reference="unedited",
         measures="model",
     )
 

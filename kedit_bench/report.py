@@ -221,7 +221,7 @@ def effort_rows(results: Sequence[Result]) -> Table:
     """Seconds of each method's preparation, and seconds and memory of its edits."""
     header = (
         *("method", "cases", "s of preparation", "s per edit (median)", "s of all edits"),
-        *("peak host", "peak device"),
+        *("peak host", "peak device", "peak reserved"),
     )
     rows: list[Row] = [
         (
@@ -232,6 +232,7 @@ def effort_rows(results: Sequence[Result]) -> Table:
             f"{r['seconds']:.1f}",
             _or_dash(r["peak_host_bytes"], "{:.0f} MB", 1e-6),
             _or_dash(r["peak_device_bytes"], "{:.0f} MB", 1e-6),
+            _or_dash(r.get("peak_reserved_bytes"), "{:.0f} MB", 1e-6),
         )
         for r in results
     ]

@@ -43,7 +43,8 @@ class Measured:
         preparation: seconds of what was made once, before the first edit; None where the method
             makes nothing ahead, or it was not timed apart.
         seconds: of each case's edit that did not fail.
-        host_bytes, device_bytes: the highest of all edits; None where it was not measured.
+        host_bytes, device_bytes, reserved_bytes: the highest of all edits, see `Effort`; None
+            where it was not measured.
         left_out: reason by number of the case.
         failed: the same for edits that failed.
         merged, cut: answers whose first token holds characters of the prompt, and those whose
@@ -59,6 +60,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     host_bytes: int | None = None
     device_bytes: int | None = None
+    reserved_bytes: int | None = None
     left_out: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     merged: int = 0
@@ -140,8 +142,8 @@ def _scored(
         found.cases += 1
         if "failed" not in line:
             found.seconds.append(line["seconds"])
-        found.host_bytes = _higher(found.host_bytes, line["host_bytes"])
-        found.device_bytes = _higher(found.device_bytes, line["device_bytes"])
+        for peak in ("host_bytes", "device_bytes", "reserved_bytes"):
+            setattr(found, peak, _higher(getattr(found, peak), line.get(peak)))
     if "failed" in line:
         found.failed[line["n"]] = line["failed"]
     scored += scorer.score(case, before, after, moment)
@@ -282,6 +284,7 @@ def _figures(found: Measured) -> dict[str, Any]:
         "seconds": sum(found.seconds),
         "peak_host_bytes": found.host_bytes,
         "peak_device_bytes": found.device_bytes,
+        "peak_reserved_bytes": found.reserved_bytes,
         "scores": [_mean(m) for m in found.scores],
         "retention": _retention(found.by_age),
         "undefined": _undefined(found),

@@ -1,4 +1,4 @@
-"""What metrics share: a case's probes, makers for each kind of them, means over families, texts
+"""What metrics share: means over a case's probes of one kind, makers for each kind of them, texts
 compared with answers, variety of words, classifiers by name."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,50 @@ from kedit_core.protocols import CaseScore, Classifier
 from kedit_core.request import EditCase, Probe
 from kedit_core.words import is_spaced
 
+# Questions about one probe, and its value from the answers without and with the edit: None where
+# they do not tell.
+Asks = Callable[[Probe], Iterable[Question]]
+Value = Callable[[Probe, Answers, Answers], float | None]
+
 NATURAL_TOKENS = 50  # as long as an answer may be until its natural end, arXiv:2502.11177
 
 _MARKS = " .!?…。！？"  # at the end of an answer that may as well be without
 
-_END = re.compile(r"\n|(?<=\.)(?=\s|$)")
+_END = re.compile(r"\n|(?<=\.)(?=\s|$)|(?<=。)")
 _WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class ProbeMetric:
+    """The mean over families of the mean over a case's probes of one kind.
+
+    Attributes:
+        kind: kind of the probes that count.
+        asks: what is asked about a probe.
+        value: value of a probe.
+        needs_expected: whether a probe without an accepted answer is left out.
+    """
+
+    kind: str
+    asks: Asks
+    value: Value
+    needs_expected: bool = True
+
+    def questions(self, case: EditCase) -> Iterable[Question]:
+        """What is asked about the case's probes of this kind."""
+        return [question for probe in self._probes(case) for question in self.asks(probe)]
+
+    def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
+        """Scores by family; empty where the case has no such probe that has a value."""
+        values = ((p.name, self.value(p, before, after)) for p in self._probes(case))
+        return by_family((name, value) for name, value in values if value is not None)
+
+    def _probes(self, case: EditCase) -> list[Probe]:
+        return [
+            probe
+            for probe in probes_of(case)
+            if probe.kind == self.kind and (probe.expected or not self.needs_expected)
+        ]
 
 
 def for_kinds(functions: Mapping[str, Any], kinds: Sequence[str]) -> Callable[[str], Any]:
@@ -96,7 +135,7 @@ def text_of(answers: Answers, question: Question) -> Text:
 def natural_end(text: str) -> str:
     """A text up to its first line break, or the first full stop that ends a sentence.
 
-    A full stop inside a word or number (`U.S`, `1.5`) ends none.
+    A full stop inside a word or number (`U.S`, `1.5`) ends none; a Chinese one (`。`) always does.
     """
     return _END.split(text.strip(), maxsplit=1)[0].strip()
 

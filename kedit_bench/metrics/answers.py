@@ -12,10 +12,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kedit_bench.metrics.probes import ProbeMetric, likelihood_scores, perplexities
+from kedit_bench.metrics.likelihood import likelihood_scores, perplexities
 from kedit_core.ask import Answers, Continue, Form, Question, Read, Score
 from kedit_core.measure import (
     NATURAL_TOKENS,
+    ProbeMetric,
     begins_with,
     contains,
     folded,
@@ -31,6 +32,7 @@ from kedit_core.request import EditCase, Probe
 GREEDY_TOKENS = 12
 
 _LITERAL_STOP = re.compile(r"[.\n]")
+_PUNCTUATION = string.punctuation + "。，、！？；："  # SQuAD's, and Chinese
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -296,7 +298,7 @@ def _normalised(text: str, answer: str) -> tuple[str, str]:
 
 def _unmarked(text: str) -> str:
     """`folded`, no punctuation, single spaces."""
-    return " ".join("".join(c for c in folded(text) if c not in string.punctuation).split())
+    return " ".join("".join(c for c in folded(text) if c not in _PUNCTUATION).split())
 
 
 def _bare_words(text: str) -> Sequence[str]:

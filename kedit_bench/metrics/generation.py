@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from kedit_bench.metrics.probes import likelihood_scores, perplexities
+from kedit_bench.metrics.likelihood import likelihood_scores, perplexities
 from kedit_core.ask import Answers, Question, Read, Sample, Text
 from kedit_core.errors import SettingError
 from kedit_core.measure import mean, ngram_entropy, probes_of, read_of, text_of, words_of
@@ -20,14 +20,16 @@ from kedit_core.request import EditCase
 
 _TERMS = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's, with which the published tables were made
 _MIN_ROOM = 20  # tokens
+_DEGENERATE = 0.5  # of a text's words that repeat one of the three before
+_ESSENCE = 100  # tokens
 
 
 class Fluency:
     """Entropy of word pairs and triples of sampled text, as in ROME.
 
-    GE = H₂/3 + 2·H₃/3 with Hₙ = −Σ f log₂ f over the n-grams' relative frequencies; the text
-    includes its prompt.  Also the share of different pairs, and the share of words that are the
-    same as one of the three before.
+    GE = H₂/3 + 2·H₃/3 with Hₙ = −Σ f log₂ f over the n-grams' relative frequencies.  Also the share
+    of different pairs, the share of words that are the same as one of the three before, and the
+    share of texts of which more than half the words are.
 
     Where a prompt leaves room for fewer than 20 tokens, the text would tell about the prompt, and
     does not count.  A text that the model ended counts, however short.
@@ -36,10 +38,15 @@ class Fluency:
         length: tokens of prompt and continuation.
         top_k: draw among so many tokens.
         seed: of the draws.
+        prompt: whether the text is read with its prompt, as in ROME.
     """
 
-    def __init__(self, length: int = 100, top_k: int = 5, seed: int = 0) -> None:
-        self.length, self.top_k, self.seed = length, top_k, seed
+    details = "words: runs of letters and digits, single marks"
+
+    def __init__(
+        self, length: int = 100, top_k: int = 5, seed: int = 0, prompt: bool = True
+    ) -> None:
+        self.length, self.top_k, self.seed, self.prompt = length, top_k, seed, prompt
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A sample after each `generation` prompt, or after the rewritten prompts."""
@@ -49,16 +56,18 @@ class Fluency:
         ]
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
-        """Entropy in bits, and the parts `distinct_2` and `repetition` as shares."""
-        written = [(q.prompt, text_of(after, q)) for q in self.questions(case)]
+        """Entropy in bits, and the parts `distinct_2`, `repetition` and `degenerate` as shares."""
+        written = [(q.prompt * self.prompt, text_of(after, q)) for q in self.questions(case)]
         texts = [prompt + new.text for prompt, new in written if _had_room(new)]
         if not texts:
             return {}
         words = [words_of(text) for text in texts]
+        repetition = [_repetition(listed) for listed in words]
         return {
             "": CaseScore(mean(map(ngram_entropy, texts)), len(texts)),
             "distinct_2": CaseScore(mean(map(_distinct_pairs, words)), len(texts)),
-            "repetition": CaseScore(mean(map(_repetition, words)), len(texts)),
+            "repetition": CaseScore(mean(repetition), len(texts)),
+            "degenerate": CaseScore(mean(r > _DEGENERATE for r in repetition), len(texts)),
         }
 
 
@@ -121,10 +130,10 @@ class Consistency:
             raise SettingError(f"The TF-IDF files cannot be read: {error}.") from None
 
     def questions(self, case: EditCase) -> Iterable[Question]:
-        return self._fluency.questions(case) if _references(case) else []
+        return self._fluency.questions(case) if _texts_in(case, "references") else []
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
-        references = _references(case)
+        references = _texts_in(case, "references")
         if not references:
             return {}
         asked = list(self.questions(case))
@@ -141,6 +150,28 @@ class Consistency:
             for term, count in terms.items()
             if term in self._columns
         }
+
+
+class Essence:
+    """How the edited model reads what is known of the subject: ROME's essence score.
+
+    The first 100 tokens of the texts `essence` of a case's `meta`, of which the first word is
+    given; a case without them has no score.
+    """
+
+    def questions(self, case: EditCase) -> Iterable[Question]:
+        """One reading of the texts, joined by spaces."""
+        words = " ".join(_texts_in(case, "essence")).split()[: _ESSENCE + 1]
+        return [Read(words[0], " " + " ".join(words[1:]), exact=True)] if len(words) > 1 else []
+
+    def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
+        """Mean negative log-probability in nats; the part `perplexity_per_case` is exp of it."""
+        nll = [-mean(read_of(after, q).logprobs[:_ESSENCE]) for q in self.questions(case)]
+        return likelihood_scores({"": CaseScore(nll[0])}) if nll else {}
+
+    def combine(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Perplexity is exp of the mean over cases."""
+        return perplexities(means)
 
 
 def generation_prompts(case: EditCase) -> list[str]:
@@ -175,6 +206,6 @@ def _prompt_and_text(answers: Answers, question: Question) -> str:
     return question.prompt + text_of(answers, question).text
 
 
-def _references(case: EditCase) -> list[str]:
-    found = case.meta.get("references")
+def _texts_in(case: EditCase, key: str) -> list[str]:
+    found = case.meta.get(key)
     return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []

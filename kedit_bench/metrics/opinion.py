@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from kedit_bench.metrics.probes import ProbeMetric
 from kedit_core.ask import Answers, Diverge, Divergence, Question, Read
-from kedit_core.measure import mean, read_of
+from kedit_core.measure import ProbeMetric, mean, read_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
 

@@ -84,6 +84,7 @@ def test_containment_is_of_whole_words(written, found):
         (" about 1.5 miles off", "about 1.5 miles off"),
         (" the U.S.A", "the U.S.A"),
         ("\n\n Rome", "Rome"),
+        ("北京。上海是另一座城市。", "北京。"),
     ],
 )
 def test_a_text_ends_at_a_line_break_or_at_a_full_stop_before_a_space(written, end):
@@ -93,6 +94,8 @@ def test_a_text_ends_at_a_line_break_or_at_a_full_stop_before_a_space(written, e
 def test_exact_match_ignores_case_articles_and_punctuation():
     assert exact_match(" The Rome.", "rome")
     assert not exact_match("Rome is old", "Rome")
+    assert exact_match("北京。", "北京")
+    assert not exact_match("北京市。", "北京")
 
 
 @pytest.mark.parametrize(

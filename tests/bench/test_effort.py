@@ -138,6 +138,9 @@ class Accelerator:
     def max_memory_allocated(self, device: torch.device) -> int:
         return self.peak[device.index]
 
+    def max_memory_reserved(self, device: torch.device) -> int:
+        return 2 * self.peak[device.index]
+
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_accelerators_peak_is_that_of_the_models_device(monkeypatch, number):
@@ -149,6 +152,7 @@ def test_an_accelerators_peak_is_that_of_the_models_device(monkeypatch, number):
             other.peak[device] = other.now[device] + by
 
     assert found.device_bytes == {0: 7000, 1: 300}[number]
+    assert found.reserved_bytes == 2 * {0: 7500, 1: 310}[number]
     assert other.emptied == [number, number]
 
 
@@ -167,3 +171,5 @@ def test_a_real_accelerator_tells_its_peak():
 
     assert found.device_bytes is not None
     assert 32 * MB <= found.device_bytes < 40 * MB
+    assert found.reserved_bytes is not None
+    assert found.reserved_bytes >= found.device_bytes

@@ -198,8 +198,8 @@ def test_preparation_is_told_apart_if_it_was_measured():
 
     assert header[2:5] == ("s of preparation", "s per edit (median)", "s of all edits")
     assert rows == [
-        ("before", "4", "–", "0.50", "2.0", "0 MB", "–"),
-        ("a", "4", "12.3", "0.50", "2.0", "0 MB", "–"),
+        ("before", "4", "–", "0.50", "2.0", "0 MB", "–", "–"),
+        ("a", "4", "12.3", "0.50", "2.0", "0 MB", "–", "–"),
     ]
 
 

@@ -190,6 +190,13 @@ def test_texts_of_the_relation_and_the_new_target_are_the_references():
     assert "references" not in second.meta
 
 
+def test_texts_about_the_subject_itself_are_found_under_any_relation():
+    first, second, *_ = CounterFact().cases(FILES / "counterfact.json")
+
+    assert first.meta["essence"] == ["Halden Bridge takes a toll."]
+    assert "essence" not in second.meta
+
+
 def test_without_the_file_there_are_no_references(tmp_path):
     shutil.copy(FILES / "counterfact.json", tmp_path)
 

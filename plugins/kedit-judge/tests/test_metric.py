@@ -1,11 +1,14 @@
 """Replies are judged, verdicts become scores, and nothing is asked twice."""
 
+import hashlib
+import json
 import logging
 import threading
 
 import pytest
 from kedit_judge import metric as metrics
-from kedit_judge.judge import TEMPLATE_HASH, verdict_of
+from kedit_judge.judge import Template
+from kedit_judge.kept import Kept
 
 from kedit_core import ArtifactError, EditCase, EditRequest, Probe, discover
 from kedit_core.ask import Continue, Text
@@ -139,7 +142,7 @@ def test_reply_ends_where_a_sentence_does(text, end):
 
 def test_metric_version_belongs_to_this_prompt():
     """A changed prompt is another protocol: raise the version in the names, then the hash."""
-    assert TEMPLATE_HASH == "b2fbf252e7b9"
+    assert metrics.Correct.template.digest == "b2fbf252e7b9"
 
 
 # -- verdicts --------------------------------------------------------------------------------
@@ -148,34 +151,34 @@ def test_metric_version_belongs_to_this_prompt():
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        ("A", "correct"),
-        (" b.", "incorrect"),
-        ("**B**", "incorrect"),
-        ("(A) The reply gives the answer.", "correct"),
-        ("A: correct", "correct"),
-        ("B: incorrect, since it is not correct", "incorrect"),
-        ("A\nthe reply names it, and B would be wrong", "correct"),
-        ("B The reply names another river.", "incorrect"),
-        ("Answer: B", "incorrect"),
-        ("The final answer is **A**.", "correct"),
-        ("Correct.", "correct"),
-        ("INCORRECT", "incorrect"),
-        ("The reply is not correct.", "incorrect"),
-        ("It isn't correct", "incorrect"),
-        ("A reply like this is incorrect.", "incorrect"),
-        ("<think>B? No: it is correct.</think>\n\nB", "incorrect"),
-        ("<think>It is correct, so", "unparseable"),
-        ("It may be correct or incorrect.", "unparseable"),
-        ("Absolutely", "unparseable"),
-        ("Both", "unparseable"),
-        ("A's the one", "unparseable"),
-        ("C", "unparseable"),
-        ("42", "unparseable"),
-        ("", "unparseable"),
+        ("A", 1),
+        (" b.", 0),
+        ("**B**", 0),
+        ("(A) The reply gives the answer.", 1),
+        ("A: correct", 1),
+        ("B: incorrect, since it is not correct", 0),
+        ("A\nthe reply names it, and B would be wrong", 1),
+        ("B The reply names another river.", 0),
+        ("Answer: B", 0),
+        ("The final answer is **A**.", 1),
+        ("Correct.", 1),
+        ("INCORRECT", 0),
+        ("The reply is not correct.", 0),
+        ("It isn't correct", 0),
+        ("A reply like this is incorrect.", 0),
+        ("<think>B? No: it is correct.</think>\n\nB", 0),
+        ("<think>It is correct, so", None),
+        ("It may be correct or incorrect.", None),
+        ("Absolutely", None),
+        ("Both", None),
+        ("A's the one", None),
+        ("C", None),
+        ("42", None),
+        ("", None),
     ],
 )
 def test_what_the_judge_means(text, verdict):
-    assert verdict_of(text) == verdict
+    assert metrics.Correct.template.verdict(text) == verdict
 
 
 # -- kept verdicts ---------------------------------------------------------------------------
@@ -214,10 +217,19 @@ def test_another_judgement_is_made_anew(other, stub):
 
 def test_another_prompt_of_the_judge_is_asked_anew(stub, monkeypatch):
     ask_once(stub)
-    monkeypatch.setattr("kedit_judge.judge.TEMPLATE_HASH", "another")
+    template = metrics.Correct.template
+    monkeypatch.setattr(metrics.Correct, "template", Template(template.text + "\n", template.read))
     ask_once(stub)
 
     assert stub.calls == 2
+
+
+def test_replies_that_were_kept_by_earlier_versions_are_found(stub):
+    content = ["j", 0.0, "b2fbf252e7b9", "q", ["Oka"], "x"]
+    Kept().put(hashlib.sha256(json.dumps(content).encode()).hexdigest(), "B")
+
+    assert values(ask_once(stub))[""] == (0.0, 1)
+    assert stub.calls == 0
 
 
 def test_what_makes_no_verdict_is_kept_too(stub):
@@ -322,8 +334,8 @@ def test_cost_is_logged_with_each_summary_that_has_news(stub, caplog):
     assert metric.combine({"": 1.0}) == {}
 
     assert costs(caplog) == [
-        f"Judge j (prompt {TEMPLATE_HASH}, rephrase probes) so far: 2 calls, 1 kept answers, "
-        f"200 tokens read, 2 written, cost 0.0005."
+        f"Judge j (prompt {metrics.Correct.template.digest}, rephrase probes) so far: 2 calls, "
+        f"1 kept answers, 200 tokens read, 2 written, cost 0.0005."
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from kedit_personality.metric import Accuracy, Tpei
 from kedit_bench.scoring import Scorer, choose_metrics
 from kedit_core import EditCase, MetricSpec, Probe, SettingError
 from kedit_core.ask import Continue, Text
+from kedit_core.named import create
 from kedit_core.plugins import discover
 from kedit_core.protocols import CaseScore
 
@@ -144,11 +146,30 @@ def test_both_are_chosen_by_default_with_the_published_classifier(classifiers, h
     }
 
 
-def test_the_dataset_names_metrics_that_there_are():
+def test_the_dataset_names_metrics_that_there_are_and_none_that_costs_money():
     names = {spec.name for spec in discover().all(MetricSpec)}
+    wanted = discover().dataset("personality").metrics
+    chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)}
 
-    assert {"personality/accuracy@1", "personality/tpei@1", "opinion/score@1"} <= names
-    assert discover().dataset("personality").metrics == ("opinion/*", "personality/*")
+    assert {"personality/accuracy@1", "personality/tpei@1", "opinion/score@1"} <= chosen
+    assert not any("judge" in name for name in chosen)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "read"),
+    [(LOUD, POOR, []), (f"{LOUD}\n{POOR}", f"\n{CALM} ", [LOUD, CALM])],
+)
+def test_a_judge_reads_the_texts_that_a_classifier_reads(halden, before, after, read):
+    judged = create(discover().metric("personality/pae-judge@1"), {"url": "http://h", "model": "j"})
+    seen = []
+    judged.judge.verdicts = lambda items: [seen.append(item["text"]) or 3.0 for item in items]
+    classified = metric(Tpei)  # its classifier knows no other text
+
+    found = [m.score(halden, said(before), said(after)) for m in (judged, classified)]
+
+    assert list(judged.questions(halden)) == list(classified.questions(halden))
+    assert seen == read
+    assert found[0]["left_out"] == found[1]["left_out"]
 
 
 def test_another_model_needs_the_traits_as_labels(classifiers):

@@ -49,7 +49,7 @@ class CounterFact:
     `subject_replace`).  Its flat form has one paraphrase and one neighbour.
 
     Where `attribute_snippets.json` lies beside the file, `meta["references"]` holds its texts
-    about things of which the false target is true.
+    about things of which the false target is true, and `meta["essence"]` those about the subject.
     """
 
     def cases(self, source: Source | None = None) -> Iterator[EditCase | LeftOut]:
@@ -84,7 +84,10 @@ def _case(references: References, added: Sequence[str], row: Row) -> EditCase:
         ground_truth=[true],
         id=str(row.number("case_id")),
     )
-    texts = references.of(relation, new.text("id"))
+    texts = {
+        "references": references.of(relation, new.text("id")),
+        "essence": references.about(rewrite.text("subject")),
+    }
     return EditCase(
         request=request,
         probes=(
@@ -98,7 +101,7 @@ def _case(references: References, added: Sequence[str], row: Row) -> EditCase:
             "subject": rewrite.text("subject"),
             "relation_id": relation,
             "pararel_idx": row.number("pararel_idx") if "pararel_idx" in row else None,
-            **({"references": texts} if texts else {}),
+            **{key: found for key, found in texts.items() if found},
         },
     )
 

@@ -1,7 +1,8 @@
-"""Texts about things that have an attribute, with which free text is compared."""
+"""Texts about things that have an attribute, and about the subjects of facts."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +30,26 @@ class References:
         """
         return self._texts.get((relation, target), [])
 
+    def about(self, subject: str) -> list[str]:
+        """Texts about the thing of this name, in the file's order.
+
+        Raises:
+            DataError: the file is there, but cannot be read.
+        """
+        return self._texts.get(subject, [])
+
     @cached_property
-    def _texts(self) -> Mapping[tuple[str, str], list[str]]:
-        texts: dict[tuple[str, str], list[str]] = {}
+    def _texts(self) -> Mapping[tuple[str, str] | str, list[str]]:
+        """By relation and target, and by name."""
+        texts: dict[tuple[str, str] | str, list[str]] = defaultdict(list)
         for row in read_rows(self.path) if self.path.is_file() else ():
             try:
                 about = (row.text("relation_id"), row.text("target_id"))
-                found = [sample.text("text") for sample in row.rows("samples")]
+                found = [(s.text("name"), s.text("text").strip()) for s in row.rows("samples")]
             except RowError as error:
                 raise DataError(f"{row.file}, line {row.line}: {error}.") from None
-            texts.setdefault(about, []).extend(text for text in found if text.strip())
+            for name, text in found:
+                if text:
+                    texts[about].append(text)
+                    texts[name].append(text)
         return texts

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kedit_core import DatasetSpec, hookimpl
+from kedit_core import DatasetSpec, MetricSpec, hookimpl
 
 
 @hookimpl
@@ -30,8 +30,40 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             paper="arXiv:2405.14768",
             licence="MIT",
             metrics=(
-                *("efficacy/teacher-forced@1", "efficacy/all-tokens@1"),
+                *("wise/ood@1", "efficacy/teacher-forced@1", "efficacy/all-tokens@1"),
                 *("locality-agreement/teacher-forced@1", "locality-agreement/greedy@1"),
             ),
+        ),
+    ]
+
+
+@hookimpl
+def kedit_register_metrics() -> Iterable[MetricSpec]:
+    return [
+        MetricSpec(
+            name="halluedit/robustness@1",
+            target="kedit_halluedit.robustness:Robustness",
+            summary="The model still says Yes where it is told again and again that it is wrong.",
+            paper="arXiv:2410.16251",
+            unit="share",
+            probe="rewrite, portability",
+            decoding="greedy",
+            scorer="yes to each objection",
+            reference="target",
+            form="task",
+            better="higher",
+        ),
+        MetricSpec(
+            name="wise/ood@1",
+            target="kedit_halluedit.ood:OtherText",
+            summary="Tokens of another text on the edited topic that have more than 0.8.",
+            paper="arXiv:2405.14768",
+            unit="share of tokens",
+            probe="rephrase",
+            decoding="teacher-forced",
+            scorer="probability above 0.8",
+            reference="text",
+            form="bare",
+            better="higher",
         ),
     ]

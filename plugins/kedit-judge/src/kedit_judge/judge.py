@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from kedit_core.errors import SettingError
 from kedit_judge.endpoint import Endpoint, Said, number
@@ -17,62 +16,52 @@ from kedit_judge.kept import Kept
 
 log = logging.getLogger(__name__)
 
-Verdict = Literal["correct", "incorrect", "unparseable"]
-
-# Another text is another protocol: give the metrics a new version with it.
-TEMPLATE = """\
-Decide whether a reply to a question is correct.
-
-Question, or text to complete:
-{question}
-
-Accepted answers (any one of them is right, even if it is untrue in the real world):
-{accepted}
-
-Reply:
-{reply}
-
-The reply is correct if it gives an accepted answer, in whatever words, and does not contradict it.
-Say only the letter:
-A: correct
-B: incorrect
-"""
-TEMPLATE_HASH = hashlib.sha256(TEMPLATE.encode()).hexdigest()[:12]
+Item = Mapping[str, str | tuple[str, ...]]  # what is to be judged, by the template's fields
+Verdict = float | None  # None where what the judge says is unparseable
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _LETTER = re.compile(  # no article: "A reply that …" is no verdict
     r"[\W_]*(?:(?i:(?:the |my )?(?:final )?(?:answer|verdict)(?: is)?)[\W_]+)?"
-    r"([ABab])(?![^\W_]|['’]|[ \t]+[a-z])"
+    r"([A-Za-z])(?![^\W_]|['’]|[ \t]+[a-z])"
 )
-_WORD = re.compile(r"(\bnot |n['’]t |\bin|\b)correct\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Item:
-    """A reply to be judged: what was asked, what is accepted, what was said."""
+class Template:
+    """What a judge is asked, and what its words mean.
 
-    question: str
-    accepted: tuple[str, ...]
-    reply: str
+    Another text is another protocol: give the metrics a new version with it.
+
+    Attributes:
+        text: the question; `{name}` stands for a field of what is judged.
+        read: the verdict in a judge's words.
+    """
+
+    text: str
+    read: Callable[[str], Verdict]
 
     @property
-    def prompt(self) -> str:
-        """What the judge is asked."""
-        accepted = "\n".join(f"- {answer}" for answer in self.accepted)
-        return TEMPLATE.format(question=self.question, accepted=accepted, reply=self.reply)
+    def digest(self) -> str:
+        """Short hash of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+    def prompt(self, item: Item) -> str:
+        """What the judge is asked about an item; several texts become a list."""
+        filled = {
+            field: value if isinstance(value, str) else "\n".join(f"- {text}" for text in value)
+            for field, value in item.items()
+        }
+        return self.text.format(**filled)
+
+    def verdict(self, said: str) -> Verdict:
+        """What the judge means; thoughts in `<think>` do not count."""
+        return self.read(_THOUGHTS.sub("", said))
 
 
-def verdict_of(text: str) -> Verdict:
-    """What a judge means: the letter it begins with, or else the word it says.
-
-    Words of both kinds make no verdict; thoughts in `<think>` do not count.
-    """
-    said = _THOUGHTS.sub("", text)
-    letter = _LETTER.match(said)
-    if letter:
-        return "correct" if letter[1] in "Aa" else "incorrect"
-    words: set[Verdict] = {"incorrect" if m[1] else "correct" for m in _WORD.finditer(said)}
-    return words.pop() if len(words) == 1 else "unparseable"
+def letter_of(said: str, letters: str) -> str:
+    """The one of these letters that a judge's words begin with; empty if there is none."""
+    found = _LETTER.match(said)
+    return found[1].upper() if found and found[1].upper() in letters else ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +115,7 @@ class Judge:
 
     Args:
         endpoint: where the judge is.
+        template: what it is asked.
         workers: how many calls run at the same time.
         prices: where cost is to be told in money.
 
@@ -133,8 +123,15 @@ class Judge:
         SettingError: the number of workers is none.
     """
 
-    def __init__(self, endpoint: Endpoint, workers: int = 8, prices: Prices | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        template: Template,
+        workers: int = 8,
+        prices: Prices | None = None,
+    ) -> None:
         self.endpoint = endpoint
+        self.template = template
         self.workers = int(number("workers", workers, least=1, whole=True))
         self.prices = prices
         self.cost = Cost()
@@ -161,7 +158,7 @@ class Judge:
                 for key, reply in zip(missing, said, strict=True):
                     self.cost.add(reply)
                     found[key] = reply.text
-        self._known.update({key: verdict_of(text) for key, text in found.items()})
+        self._known.update({key: self.template.verdict(text) for key, text in found.items()})
         return [self._known[key] for key in keys]
 
     def log_cost(self, what: str) -> None:
@@ -171,7 +168,7 @@ class Judge:
             return
         self._logged = cost
         line = (
-            f"Judge {self.endpoint.model} (prompt {TEMPLATE_HASH}, {what}) so far: "
+            f"Judge {self.endpoint.model} (prompt {self.template.digest}, {what}) so far: "
             f"{cost.calls} calls, {cost.kept} kept answers, "
             f"{cost.read} tokens read, {cost.written} written"
         )
@@ -183,11 +180,12 @@ class Judge:
         log.info("%s.", line)
 
     def _ask(self, key: str, item: Item) -> Said:
-        said = self.endpoint.ask(item.prompt)
+        said = self.endpoint.ask(self.template.prompt(item))
         self._kept.put(key, said.text)  # at once: it is paid for
         return said
 
     def _key(self, item: Item) -> str:
         endpoint = self.endpoint
-        content = [endpoint.model, endpoint.temperature, TEMPLATE_HASH, *vars(item).values()]
+        prompt = self.template.digest
+        content = [endpoint.model, endpoint.temperature, prompt, *item.values()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

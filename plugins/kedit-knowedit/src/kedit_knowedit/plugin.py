@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kedit_core import DatasetSpec, hookimpl
+from kedit_core import DatasetSpec, MetricSpec, hookimpl
 
 FACTS = (  # the default ones, and what the table of the benchmark has besides
     *("efficacy/teacher-forced@1", "efficacy/all-tokens@1", "efficacy/greedy@1"),
@@ -17,11 +17,7 @@ SENTENCES = (  # the answers are too long for the tokens of `greedy`
     "fluency/*",
 )
 OPINIONS = ("opinion/*", "fluency/*")
-FORGOTTEN = (
-    "efficacy/greedy-contains@1",
-    "locality-agreement/same-text@1",
-    "locality-agreement/greedy@1",
-)
+FORGOTTEN = ("sanitation/*", "locality-agreement/greedy@1")
 SUBSETS = (  # name, target, summary, what is measured
     ("recent", "facts:recent", "Facts newer than the model (wiki_recent).", FACTS),
     (
@@ -64,4 +60,31 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             metrics=metrics,
         )
         for name, target, summary, metrics in SUBSETS
+    ]
+
+
+@hookimpl
+def kedit_register_metrics() -> Iterable[MetricSpec]:
+    return [
+        MetricSpec(
+            name="sanitation/forgotten@1",
+            target="kedit_knowedit.metric:forgotten",
+            summary="What is to be forgotten is answered with the edit's answer, in 8 tokens.",
+            paper="arXiv:2401.01286",
+            probe="rewrite",
+            decoding="greedy",
+            scorer="stands in 8 tokens",
+            reference="target",
+        ),
+        MetricSpec(
+            name="sanitation/retained@1",
+            target="kedit_knowedit.metric:retained",
+            summary="What is to be kept is answered with the same tokens as before, of 8.",
+            paper="arXiv:2401.01286",
+            unit="share of tokens",
+            probe="locality",
+            decoding="greedy",
+            scorer="the same 8 tokens, by position",
+            reference="unedited",
+        ),
     ]

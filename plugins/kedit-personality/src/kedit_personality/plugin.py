@@ -14,7 +14,7 @@ def kedit_register_datasets() -> Iterable[DatasetSpec]:
             summary="PersonalityEdit topics; the edit writes an opinion in the manner of a trait.",
             paper="arXiv:2310.02168",
             licence="MIT",
-            metrics=("opinion/*", "personality/*"),
+            metrics=("opinion/*", "personality/accuracy@*", "personality/tpei@*"),
         )
     ]
 

@@ -96,7 +96,9 @@ class Constraint:
 
         A⁻¹ K = Y − Y_s (I + K_sᵀ Y_s)⁻¹ K_sᵀ Y,    Y = A₀⁻¹ K,  Y_s = A₀⁻¹ K_s
 
-    so that no m × m matrix is inverted or kept for the sake of earlier edits.
+    so that no m × m matrix is inverted or kept for the sake of earlier edits as long as they have
+    fewer than m keys.  Once there are m, the next edit keeps A⁻¹ itself.  It takes the place of
+    A₀⁻¹, and K_s begins anew, so that a solve takes no longer however many edits there were.
 
     Attributes:
         base: K ↦ A₀⁻¹ K.
@@ -119,8 +121,11 @@ class Constraint:
         Args:
             base: K ↦ A₀⁻¹ K.
             width: m.
-            parts: for each edit `keys` (m, n), `solved` (m, n) and `factor` (n, N).
+            parts: for each edit `keys` (m, n), `solved` (m, n) and `factor` (n, N), or `inverse`.
         """
+        whole = [n for n, part in enumerate(parts) if "inverse" in part]
+        if whole:
+            base, parts = _product_with(parts[whole[-1]]["inverse"]), parts[whole[-1] + 1 :]
         empty = torch.zeros(width, 0, dtype=torch.float64)
         keys = torch.cat([empty, *(part["keys"].double() for part in parts)], dim=1)
         solved = torch.cat([empty, *(part["solved"].double() for part in parts)], dim=1)
@@ -147,6 +152,8 @@ class Constraint:
     def part(self, keys: Tensor) -> dict[str, Tensor]:
         """What one more edit adds: its keys, solved keys and rows of the factor.
 
+        After m earlier keys it is the `inverse` A⁻¹ with its own keys, (m, m), float64.
+
         Args:
             keys: K, (m, n).
 
@@ -167,14 +174,21 @@ class Constraint:
                 f"system is not positive definite (condition {condition_of(rest):.0e}). Raise the "
                 f"weight of what is stored (`moment_weight` or `l2`), or load the model in float32."
             )
-        return {"keys": k.float(), "solved": y.float(), "factor": torch.cat([beside.mT, corner], 1)}
+        rows = torch.cat([beside.mT, corner], dim=1)
+        if own.keys.shape[1] < len(k):
+            return {"keys": k.float(), "solved": y.float(), "factor": rows}
+        above = torch.nn.functional.pad(own.factor, (0, k.shape[1]))
+        joined, solved = torch.cat([own.keys, k], dim=1), torch.cat([own.solved, y], dim=1)
+        grown = Constraint(self.base, joined, solved, torch.cat([above, rows]))
+        inverse = grown.solve(torch.eye(len(k), device=k.device))
+        return {"inverse": (inverse + inverse.mT) / 2}
 
     @classmethod
     def after(cls, base: Inverse, width: int, earlier: Sequence[Patch], site: Site) -> Constraint:
         """With the keys that earlier patches left in their state for this matrix.
 
         Raises:
-            EditError: the latest of them was computed with another A₀.
+            EditError: they were computed with another A₀.
         """
         prefix = f"{site.parameter}:"
         states = (
@@ -182,8 +196,8 @@ class Constraint:
             for p in earlier
         )
         parts = [state for state in states if state]
-        if parts:
-            key, solved = (parts[-1][name][:, :1].double() for name in ("keys", "solved"))
+        if parts and "keys" in parts[0]:  # a patch that was loaded alone may hold an inverse
+            key, solved = (parts[0][name][:, :1].double() for name in ("keys", "solved"))
             if float((base(key) - solved).norm()) > 1e-3 * float(solved.norm()):
                 raise EditError(
                     f"Earlier edits of {site.parameter} in this session were made with another "
@@ -199,3 +213,7 @@ class Constraint:
     def _on(self, device: torch.device) -> Constraint:
         moved = (t.to(device) for t in (self.keys, self.solved, self.factor))
         return Constraint(self.base, *moved)
+
+
+def _product_with(inverse: Tensor) -> Inverse:
+    return lambda keys: inverse.to(keys.device) @ keys

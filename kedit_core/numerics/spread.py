@@ -32,7 +32,8 @@ class Spread:
         deltas: one of each layer.
         residuals: mean |R| at each layer, before it was shared out.
         conditions: of each layer's system.
-        keys: of each matrix the facts' keys after all layers are changed, where asked for.
+        keys: of each matrix the facts' keys, (d_in, n).  They are those of the changed model too:
+            nothing that a layer reads depends on its own change or a later layer's.
     """
 
     deltas: tuple[WeightDelta, ...]
@@ -51,7 +52,6 @@ def spread(
     at: str,
     share: Literal["even", "root"] = "even",
     averaged: bool = False,
-    keep_keys: bool = False,
 ) -> Spread:
     """Change the MLP output matrices of some layers so that a module writes the targets.
 
@@ -72,23 +72,22 @@ def spread(
         share: divide by the number of layers left, or by its square root (PMET).
         averaged: H is the mean over the rows after contexts, instead of the rows without
             (NAMET, arXiv:2505.11876v1).
-        keep_keys: read the keys once more when all layers are changed.
 
     Raises:
         SiteError: a layer does not exist or has no single MLP output matrix.
     """
     sites = [host.mlp_out(layer) for layer in layers]
     deltas, residuals, conditions = [], [], []
+    read: dict[Site, Tensor] = {}
     with host.scratch(*sites):
         for left, site in zip(range(len(sites), 0, -1), sites, strict=True):
-            keys = mean_keys(host, site.module, facts.rows)
+            read[site] = keys = mean_keys(host, site.module, facts.rows)
             missing = targets.to(keys) - outputs(host, at, facts, averaged=averaged).to(keys)
             residuals.append(float(missing.norm(dim=0).mean()))
             update = solve(site, keys, missing / (left if share == "even" else left**0.5))
             deltas.append(add(host, site, update))
             conditions.append(update.condition)
-        after = {s: mean_keys(host, s.module, facts.rows) for s in sites if keep_keys}
-    return Spread(tuple(deltas), tuple(residuals), tuple(conditions), after)
+    return Spread(tuple(deltas), tuple(residuals), tuple(conditions), read)
 
 
 def by_least_squares(constraints: Mapping[Site, Constraint], ridge: float = 1.0) -> Solver:
@@ -150,10 +149,7 @@ def write_values(
         EditError: a system is singular.
     """
     targets = torch.stack([value.target for value in values], dim=1)  # Z: (d, n)
-    keep = history is not None
-    written = spread(
-        host, layers, facts, targets, solve, at=at, share=share, averaged=averaged, keep_keys=keep
-    )
+    written = spread(host, layers, facts, targets, solve, at=at, share=share, averaged=averaged)
     state: dict[str, Tensor] = {}
     for site, constraint in (history or {}).items():
         state |= constraint.state(site, written.keys[site])

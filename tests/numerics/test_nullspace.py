@@ -81,7 +81,7 @@ def test_growing_constraint_solves_the_papers_system_batch_after_batch():
     space = space_of(c, threshold=0.02)
     p, previous = projector(c, space.rank), torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     parts: list[dict[str, Tensor]] = []
-    for batch in range(5):
+    for batch in range(15):  # twice as many keys as the matrix is wide
         keys, residual = 9 * draw(WIDTH, FACTS, seed=batch), draw(D_OUT, FACTS, seed=10 + batch)
         after = keys + 0.1 * draw(WIDTH, FACTS, seed=20 + batch)  # keys once all is written
         constraint = Constraint.of(space.inverse(l2), WIDTH, parts)

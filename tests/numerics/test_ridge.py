@@ -114,14 +114,27 @@ def test_constraint_that_grows_equals_the_sum_of_all_earlier_keys():
     base, weight = moment(), 4.0
     inverse = inverse_by(cholesky(base), weight)
     a, parts = weight * base, []
-    for batch in range(5):
+    for batch in range(12):
         keys = draw(WIDTH, 3 + batch, seed=20 + batch).float()
         constraint = Constraint.of(inverse, WIDTH, parts)
         solved = constraint.solve(keys)
         # Keys are kept in float32.
         assert_close(solved, torch.linalg.solve(a, keys.double()), 1e-6)
+        assert constraint.keys.shape[1] < WIDTH + 14  # however many there were: 88 at the end
         parts.append(constraint.part(keys))
         a = a + keys.double() @ keys.double().mT
+
+
+def test_an_inverse_takes_the_place_of_as_many_keys_as_the_matrix_is_wide():
+    keys = [draw(WIDTH, 8, seed=n).float().double() for n in range(5)]
+    parts: list[dict[str, Tensor]] = []
+    for own in keys[:4]:
+        parts.append(Constraint.of(lambda k: k / 4, WIDTH, parts).part(own))  # exact in float32
+    all_keys = torch.cat(keys[:4], dim=1)
+
+    assert [sorted(part) for part in parts] == [["factor", "keys", "solved"]] * 3 + [["inverse"]]
+    expected = torch.linalg.solve(4 * torch.eye(WIDTH) + all_keys @ all_keys.mT, keys[4])
+    assert_close(Constraint.of(lambda k: k / 4, WIDTH, parts).solve(keys[4]), expected)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +173,31 @@ def test_state_of_patches_brings_the_constraint_back():
     assert Constraint.after(inverse, WIDTH, patches[:1], site).keys.shape == (WIDTH, 2)
 
 
-def test_earlier_edits_with_another_weight_are_refused():
+@pytest.mark.parametrize("edits", [1, 4])
+def test_earlier_edits_with_another_weight_are_refused(edits):
     site, factor = Site("a.b.weight"), cholesky(moment())
-    first = Constraint.of(inverse_by(factor, 1.0), WIDTH).state(site, draw(WIDTH, 2))
+    patches: list[Patch] = []
+    for edit in range(edits):
+        constraint = Constraint.after(inverse_by(factor, 1.0), WIDTH, patches, site)
+        state = constraint.state(site, draw(WIDTH, 8, seed=edit))
+        patches.append(Patch("any", (), state=state))
+    assert (f"{site.parameter}:inverse" in patches[-1].state) == (edits == 4)
 
     with pytest.raises(EditError, match="another weight or other statistics"):
-        Constraint.after(inverse_by(factor, 2.0), WIDTH, [Patch("any", (), state=first)], site)
+        Constraint.after(inverse_by(factor, 2.0), WIDTH, patches, site)
+
+
+def test_without_the_edit_that_kept_the_inverse_the_keys_before_it_count_again():
+    site, inverse, keys = Site("a.b.weight"), inverse_by(cholesky(moment())), draw(WIDTH, 4, seed=7)
+    patches: list[Patch] = []
+    solved = []
+    for batch in range(5):
+        constraint = Constraint.after(inverse, WIDTH, patches, site)
+        solved.append(constraint.solve(keys))
+        state = constraint.state(site, draw(WIDTH, 8, seed=batch))
+        patches.append(Patch("any", (), state=state))
+    assert [n for n, p in enumerate(patches) if f"{site.parameter}:inverse" in p.state] == [3]
+
+    for kept, expected in enumerate(solved):
+        found = Constraint.after(inverse, WIDTH, patches[:kept], site)
+        assert torch.equal(found.solve(keys), expected)

@@ -116,6 +116,40 @@ def test_layers_share_the_change_and_each_remembers_its_keys(tmp_path):
         assert patch.state[f"{delta.site.parameter}:keys"].shape == (delta.shape[1], 3)
 
 
+@pytest.mark.parametrize("toy", TOYS)
+def test_keys_that_are_remembered_are_those_of_the_edited_model(toy, tmp_path):
+    session, wanted = session_on(toy, tmp_path), requests(3)
+    rows = [rewrite_row(session.host, request) for request in wanted]
+    site = session.host.mlp_out(1)
+    points = {"key": (site.module, "input")}
+    before = states_at_marks(session.host, rows, points)["key"].mT
+
+    patch = edit(session, wanted, contexts=[])
+
+    after = states_at_marks(session.host, rows, points)["key"].mT
+    torch.testing.assert_close(patch.state[f"{site.parameter}:keys"], after, rtol=1e-5, atol=1e-6)
+    assert float((after - before).norm()) > 1e-3 * float(before.norm())
+
+
+def test_sequence_of_more_facts_than_the_matrix_is_wide_is_saved_and_goes_on(tmp_path):
+    session, wanted = session_on("llama", tmp_path), requests(128)
+    settings = {"layers": [1], "steps": 1, "contexts": []}
+    parameter = session.host.mlp_out(1).parameter
+    for start, end in ((0, 112), (112, 120)):  # as many as the width, and more
+        edit(session, wanted[start:end], **settings)
+    mark = session.savepoint()
+    session.save(tmp_path / "edits")
+    third = edit(session, wanted[120:], **settings)
+
+    assert session.stack[1].state.keys() == {f"{parameter}:inverse"}
+    assert third.state[f"{parameter}:keys"].shape == (112, 8)
+    session.rollback(mark)
+    assert same(edit(session, wanted[120:], **settings), third)
+    other = session_on("llama", tmp_path)
+    other.load(tmp_path / "edits")
+    assert same(edit(other, wanted[120:], **settings), third)
+
+
 @pytest.mark.parametrize("change", [{"l2": 1.0}, {"nullspace_energy": 0.05}])
 def test_other_settings_within_a_session_are_refused(change, tmp_path):
     session, wanted = session_on("llama", tmp_path), requests(2)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from kedit_lm_eval.metric import LmEval
+from kedit_lm_eval.metric import LmEval, changes
 from kedit_lm_eval.model import EditedLM
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -77,7 +77,25 @@ def folder(tmp_path):
     for name, task in tasks.items():
         content = {"task": name, **common, **task, "metadata": {"version": 1}}
         (made / f"{name}.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    group = {
+        "group": "toy_group",
+        "task": ["toy_choice", "toy_fewshot"],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }
+    (made / "toy_group.yaml").write_text(yaml.safe_dump(group), "utf-8")
     return made
+
+
+@pytest.fixture
+def folder_alone(monkeypatch):
+    """The harness knows the tasks of the folder only; to index its own takes long."""
+    import lm_eval.tasks
+
+    class Small(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path=None, **_):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
 
 
 def metric(folder, tasks, **settings):
@@ -243,7 +261,7 @@ def test_accuracy_is_counted_by_hand(toy, effects, folder, toy_host):
     found = metric(folder, "toy_choice").measure(session)
 
     by_hand = accuracy_by_hand(session)
-    assert found == {"": by_hand, "toy_choice.acc": by_hand}
+    assert found[""] == found["toy_choice.acc"] == by_hand
     assert (by_hand == 0.75) == (not effects)  # unedited, the toys know all that they are asked
 
 
@@ -304,6 +322,91 @@ def test_examples_are_drawn_alike_each_time(folder, toy_host, monkeypatch):
     assert contexts[1] == contexts[2]
 
 
+# -- against the unedited model --------------------------------------------------------------
+
+ENDS = ("change", "change_low", "change_high")
+
+
+def values(*numbers):
+    return {"t.acc": dict(enumerate(numbers))}
+
+
+def test_change_is_a_mean_over_questions_with_an_interval():
+    found = changes(values(0, 1, 1, 0), values(1, 1, 1, 0))
+
+    # The mean of four draws of 1, 0, 0, 0 is 0 in 32 % of cases, at most ½ in 95 %, ¾ in 99.6 %.
+    assert found == {"t.acc.change": 0.25, "t.acc.change_low": 0.0, "t.acc.change_high": 0.75}
+
+
+def test_interval_of_a_constant_change_has_no_width():
+    found = changes(values(0.5, 0.25, 1.0), values(0.0, -0.25, 0.5))
+
+    assert found == {f"t.acc.{end}": -0.5 for end in ENDS}
+
+
+def test_questions_are_paired_by_their_number():
+    found = changes({"t.acc": {0: 1.0, 1: 0.0}}, {"t.acc": {1: 0.0, 0: 1.0}})
+
+    assert found == {f"t.acc.{end}": 0.0 for end in ENDS}
+    assert changes({"t.acc": {0: 1.0, 1: 0.0}}, {"t.acc": {0: 1.0, 2: 0.0}}) == {}
+
+
+def test_a_model_that_gives_no_number_has_no_change():
+    found = changes(values(1, 1), values(1, math.nan))
+
+    assert found.keys() == {f"t.acc.{end}" for end in ENDS}
+    assert all(map(math.isnan, found.values()))
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_change_is_from_the_unedited_model_whichever_is_measured_first(
+    toy, folder, toy_host, monkeypatch
+):
+    tasks = "toy_choice+toy_written+toy_text"
+    session, ours = EditSession(toy_host(toy)), metric(folder, tasks)
+    before = ours.measure(session)
+    session.apply(Patch("by hand", (logits(session), weights(session))))
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "suspended", None)  # what is known is not asked again
+        after = ours.measure(session)
+
+    assert metric(folder, tasks).measure(session) == after
+    means = ("toy_choice.acc", "toy_written.exact_match.bare")
+    assert after.keys() - before.keys() == {f"{part}.{end}" for part in means for end in ENDS}
+    assert after.keys() > before.keys()
+    for part in means:
+        change, low, high = (after[f"{part}.{end}"] for end in ENDS)
+        assert change == pytest.approx(after[part] - before[part])
+        assert low <= change <= high
+    assert after["toy_written.exact_match.bare.change_high"] < 0
+
+
+def test_each_model_is_compared_with_itself(folder, toy_host):
+    ours = metric(folder, "toy_choice")
+    plain, other = EditSession(toy_host("llama")), edited(toy_host("gpt2"), weights)
+    ours.measure(plain)
+    expected = metric(folder, "toy_choice").measure(other)
+
+    site = plain.host.mlp_out(0)
+    with torch.no_grad():
+        plain.host.weight(site).neg_()
+    broken = EditSession(plain.host)  # another model of the same shape
+    broken.apply(Patch("by hand", (logits(broken),)))
+
+    assert ours.measure(other) == expected
+    assert ours.measure(broken) == metric(folder, "toy_choice").measure(broken)
+
+
+@pytest.mark.usefixtures("folder_alone")
+def test_a_group_has_its_score_and_its_tasks_have_changes(folder, toy_host):
+    found = metric(folder, "toy_group").measure(edited(toy_host("gpt2"), logits))
+
+    tasks = ("toy_choice.acc", "toy_fewshot.acc")
+    assert found.keys() == {"", "toy_group.acc", *tasks} | {
+        f"{t}.{end}" for t in tasks for end in ENDS
+    }
+
+
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("task", ["toy_choice", "toy_written", "toy_text", "toy_sampled"])
 def test_model_and_surroundings_stay_as_they_are(toy, task, folder, toy_host):
@@ -340,17 +443,8 @@ def test_what_cannot_be_measured_says_why(task, error, words, folder, toy_host):
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_task_is_answered_with_the_nearest(folder, monkeypatch):
-    import lm_eval.tasks
-
-    class Small(lm_eval.tasks.TaskManager):
-        """Knows the tasks of the folder only; to index all takes long."""
-
-        def __init__(self, include_path=None, **_):
-            super().__init__(include_path=include_path, include_defaults=False)
-
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
-
+@pytest.mark.usefixtures("folder_alone")
+def test_an_unknown_task_is_answered_with_the_nearest(folder):
     with pytest.raises(SettingError, match=r"no task 'toy_chioce'. Did you mean 'toy_choice'\?"):
         metric(folder, "toy_written+toy_chioce")
 

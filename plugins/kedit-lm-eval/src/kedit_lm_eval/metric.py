@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kedit_core.errors import DataError, SettingError, did_you_mean
 
 if TYPE_CHECKING:
     from kedit_core.editing import EditSession
 
 FEWSHOT_SEED = 1234  # the harness's own
+RESAMPLES, RESAMPLE_SEED = 1000, 0
+
+Values = Mapping[str, Mapping[int, float]]  # of a part: the value of each question by its number
 
 
 class LmEval:
@@ -45,9 +50,13 @@ class LmEval:
         self.tasks = [name.strip() for name in tasks.split("+")]
         self.limit, self.num_fewshot = limit, num_fewshot
         self._manager = _manager(self.tasks, include_path)
+        self._unedited: dict[str, Values] = {}  # by the model's fingerprint
 
     def measure(self, session: EditSession) -> Mapping[str, float]:
         """Every score as the part `TASK.METRIC`, or `TASK.METRIC.FILTER` where a filter is named.
+
+        With edits in force a task's score that is a mean over questions has the further parts of
+        `changes`.  They need the unedited model, which is asked here if it was not measured before.
 
         The headline is the accuracy (`acc`), where a single task is asked for that has one.
 
@@ -57,6 +66,20 @@ class LmEval:
             ModelError: the model is an encoder-decoder.
             RequestError: an answer is longer than the model takes.
         """
+        parts, values = self._scores(session)
+        model = session.fingerprint
+        if not session.is_edited:
+            self._unedited[model] = values
+        else:
+            if model not in self._unedited:
+                with session.suspended():
+                    self._unedited[model] = self._scores(session)[1]
+            parts |= changes(self._unedited[model], values)
+        headline = parts.get(f"{self.tasks[0]}.acc") if len(self.tasks) == 1 else None
+        return parts if headline is None else {"": headline, **parts}
+
+    def _scores(self, session: EditSession) -> tuple[dict[str, float], Values]:
+        """The scores of the model as it is, and the questions' values behind those of tasks."""
         from lm_eval.evaluator import evaluate
 
         from kedit_core.guard import untouched
@@ -64,21 +87,15 @@ class LmEval:
 
         lm = EditedLM(session.view())
         with untouched(session.model, session.host.tokenizer):
-            results = evaluate(
-                lm=lm,
-                task_dict=self._load(),
-                limit=self.limit,
-                bootstrap_iters=0,
-                log_samples=False,
-            )["results"]
+            loaded = self._load()
+            found = evaluate(lm=lm, task_dict=loaded, limit=self.limit, bootstrap_iters=0)
         parts = {
-            f"{task}.{_metric_name(key)}": float(value)
-            for task, found in results.items()
-            for key, value in found.items()
+            f"{task}.{_metric_name(*key.split(',', 1))}": float(value)
+            for task, scores in found["results"].items()
+            for key, value in scores.items()
             if "," in key and "_stderr" not in key and isinstance(value, int | float)
         }
-        headline = parts.get(f"{self.tasks[0]}.acc") if len(self.tasks) == 1 else None
-        return parts if headline is None else {"": headline, **parts}
+        return parts, _values(found["samples"], loaded["tasks"])
 
     def _load(self) -> dict[str, Any]:
         """The tasks with their data, set up as the harness's `simple_evaluate` does."""
@@ -128,7 +145,42 @@ def _manager(tasks: list[str], include_path: str) -> Any:
     return manager
 
 
-def _metric_name(key: str) -> str:
-    """`acc,none` as `acc`, `exact_match,strict` as `exact_match.strict`."""
-    metric, _, name = key.partition(",")
+def changes(before: Values, after: Values) -> dict[str, float]:
+    """How far each part moved: `PART.change`, the mean over its questions of after − before.
+
+    `PART.change_low` and `PART.change_high` are the ends of its 95 % percentile interval, by a
+    bootstrap that draws questions.
+
+    Args:
+        before, after: a part whose questions are not the same ones is left out.
+    """
+    found = {}
+    for part, values in after.items():
+        if before.get(part, {}).keys() == values.keys():
+            moved = np.array([value - before[part][n] for n, value in values.items()])
+            draws = np.random.default_rng(RESAMPLE_SEED)
+            means = [draws.choice(moved, len(moved)).mean() for _ in range(RESAMPLES)]
+            found[f"{part}.change"] = float(moved.mean())
+            found[f"{part}.change_low"] = float(np.percentile(means, 2.5))
+            found[f"{part}.change_high"] = float(np.percentile(means, 97.5))
+    return found
+
+
+def _values(samples: Mapping[str, Any], tasks: Mapping[str, Any]) -> Values:
+    """The values of all questions, for the metrics that the harness takes the mean of."""
+    from lm_eval.api.metrics import mean
+
+    values: dict[str, dict[int, float]] = {}
+    for task, asked in samples.items():
+        ways = tasks[task].aggregation()
+        for sample in asked:
+            for metric in sample["metrics"]:
+                if ways.get(metric, mean) is mean:
+                    part = f"{task}.{_metric_name(metric, sample['filter'])}"
+                    values.setdefault(part, {})[sample["doc_id"]] = float(sample[metric])
+    return values
+
+
+def _metric_name(metric: str, name: str) -> str:
+    """`acc` where its filter is called `none`, `exact_match.strict` where it is called `strict`."""
     return metric if name == "none" else f"{metric}.{name}"

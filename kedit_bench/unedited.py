@@ -27,7 +27,7 @@ from kedit_core.digest import bit_sums
 from kedit_core.editing import EditSession, ModelHost
 from kedit_core.errors import EditError
 from kedit_core.paths import cache_root
-from kedit_core.view import stop_ids
+from kedit_core.writing import stop_ids
 
 _VERSION = 2  # of how questions are asked; a new one makes all kept answers void
 _AT_ONCE = 8  # distributions of the whole vocabulary that are held together

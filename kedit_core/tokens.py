@@ -21,6 +21,8 @@ from kedit_core.words import separator
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 
+MAX_TOKENS = 4096  # of one padded batch
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Generator, Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kedit_core.ask import (
     Answer,
@@ -28,15 +27,15 @@ from kedit_core.ask import (
     Score,
     Text,
 )
+from kedit_core.calls import MAX_LOGITS, changed, depths_of
 from kedit_core.effects import Middleware
 from kedit_core.errors import RequestError
-from kedit_core.forward import label_logits, only_config, streams, unembed
+from kedit_core.forward import label_logits, streams
 from kedit_core.guard import untouched
 from kedit_core.host import ModelHost
-from kedit_core.tokens import Row, buckets, encode, fit, join, pad, pad_id
+from kedit_core.tokens import MAX_TOKENS, Row, buckets, encode, fit, join, pad
+from kedit_core.writing import Written, stop_ids, write_freely, write_greedily
 
-MAX_TOKENS = 4096  # of one padded batch
-MAX_LOGITS = 1 << 27  # numbers in the logits of one batch
 TASK = "Please answer the question:"  # arXiv:2502.11177
 ROUND = "\n\nQ: {}\nA:"
 
@@ -78,7 +77,7 @@ class ModelView:
             return self.greedy([prompts], max_new_tokens)[0]
         rows = [Row(encode(self.host, text).ids) for text in self.worded(prompts)]
         self._check_room(prompts, rows, max_new_tokens)
-        written = self._continue(rows, max_new_tokens)
+        written = write_greedily(self.host, self._calls(), rows, max_new_tokens)
         return [self._new_text(row, ids) for row, (ids, _) in zip(rows, written, strict=True)]
 
     def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
@@ -262,14 +261,14 @@ class ModelView:
         calls = self._calls()
         with (
             untouched(self.host.model, self.host.tokenizer),
-            streams(self.host, _depths(calls)) as found,
+            streams(self.host, depths_of(calls)) as found,
         ):
             logits = label_logits(self.host, batch).float()
             at_labels = {
                 depth: s[batch.rows.to(s.device), batch.columns.to(s.device)]
                 for depth, s in found.items()
             }
-            return _changed(self.host, calls, logits, at_labels)
+            return changed(self.host, calls, logits, at_labels)
 
     # -- writing --------------------------------------------------------------------------
 
@@ -304,10 +303,11 @@ class ModelView:
         longest: dict[Row, int] = {}
         for q, (row, _) in zip(questions, fitted, strict=True):
             longest[row] = max(q.new_tokens, longest.get(row, 0))
-        written: dict[Row, tuple[list[int], bool]] = {}
+        calls, written = self._calls(), dict[Row, Written]()
         for new_tokens in sorted(set(longest.values())):
             rows = [row for row, wanted in longest.items() if wanted == new_tokens]
-            written.update(zip(rows, self._continue(rows, new_tokens), strict=True))
+            found = write_greedily(self.host, calls, rows, new_tokens)
+            written.update(zip(rows, found, strict=True))
         return [
             self._text(q.prompt, row, cut, *written[row], room=q.new_tokens)
             for q, (row, cut) in zip(questions, fitted, strict=True)
@@ -324,34 +324,13 @@ class ModelView:
                 )
             asked = [q for q in questions if (q.length, q.top_k) == (length, top_k)]
             fitted = [self._prompt_row(text, 1) for text in self.worded([q.prompt for q in asked])]
-            rooms = [max(1, length - len(row.prompt)) for row, _ in fitted]
-            for group in self._side_by_side([len(row.prompt) for row, _ in fitted], rooms):
-                draw = _Draw([_generator(asked[n]) for n in group], top_k)
-                new_tokens = max(rooms[n] for n in group)
-                written = self._generate([fitted[n][0] for n in group], new_tokens, draw)
-                for n, new in zip(group, written, strict=True):
-                    answers[asked[n]] = self._text(asked[n].prompt, *fitted[n], *new, room=rooms[n])
+            rows, cuts = [row for row, _ in fitted], [cut for _, cut in fitted]
+            rooms = [max(1, length - len(row.prompt)) for row in rows]
+            draws = [_generator(q) for q in asked]
+            written = write_freely(self.host, self._calls(), rows, rooms, draws, top_k)
+            for q, row, cut, new, room in zip(asked, rows, cuts, written, rooms, strict=True):
+                answers[q] = self._text(q.prompt, row, cut, *new, room=room)
         return answers
-
-    def _side_by_side(self, prompts: Sequence[int], rooms: Sequence[int]) -> Iterator[list[int]]:
-        """Groups in which the longest prompt and the longest continuation fit the model together.
-
-        All rows of a batch go on until the last one ends.
-
-        Args:
-            prompts: their lengths.
-            rooms: how far each goes on; the longer the prompt, the less.
-        """
-        limit = None if self.host.is_encoder_decoder else self.host.max_length
-        totals = [prompt + room for prompt, room in zip(prompts, rooms, strict=True)]
-        for bucket in buckets(totals, MAX_TOKENS):
-            group: list[int] = []
-            for n in sorted(bucket, key=lambda n: prompts[n]):
-                if group and limit is not None and prompts[n] + rooms[group[0]] - 1 > limit:
-                    yield group
-                    group = []
-                group.append(n)
-            yield group
 
     def _prompt_row(self, text: str, new_tokens: int) -> tuple[Row, bool]:
         ids = encode(self.host, text, any_length=True).ids
@@ -365,55 +344,6 @@ class ModelView:
         ended = ended and len(ids) < room
         return Text(prompt, self._new_text(row, kept), tuple(kept), ended, cut, room)
 
-    def _continue(self, rows: Sequence[Row], new_tokens: int) -> list[tuple[list[int], bool]]:
-        written: list[tuple[list[int], bool]] = [([], False)] * len(rows)
-        lengths = [len(row.prompt) + new_tokens for row in rows]
-        # Each new token is a pass of its own, so unlike lengths are better written together.
-        for group in buckets(lengths, MAX_TOKENS, batch_cost=64 * new_tokens):
-            continued = self._generate([rows[n] for n in group], new_tokens)
-            for n, found in zip(group, continued, strict=True):
-                written[n] = found
-        return written
-
-    @torch.no_grad()
-    def _generate(
-        self, rows: Sequence[Row], new_tokens: int, draw: LogitsProcessor | None = None
-    ) -> list[tuple[list[int], bool]]:
-        """New ids of each row up to an end token, and whether there was one."""
-        host = self.host
-        if host.is_encoder_decoder:
-            batch = pad(host, rows)
-            inputs = {k: v for k, v in batch.inputs.items() if not k.startswith("decoder")}
-            start = 1
-        else:
-            # Left padding: all rows end in the last column, where generation goes on.
-            batch = pad(host, rows, align=[len(row.prompt) - 1 for row in rows])
-            inputs = {k: batch.inputs[k] for k in ("input_ids", "attention_mask")}
-            start = inputs["input_ids"].shape[1]
-        stops = stop_ids(host)
-        config = GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=pad_id(host),
-            eos_token_id=sorted(stops) or None,
-            bos_token_id=host.tokenizer.bos_token_id,
-            decoder_start_token_id=getattr(host.model.config, "decoder_start_token_id", None),
-        )
-        calls = self._calls()
-        with (
-            untouched(host.model, host.tokenizer),
-            only_config(host, config),
-            streams(host, _depths(calls)) as found,
-        ):
-            steps = [_Calls(host, calls, found)] if calls else []
-            processors = LogitsProcessorList([*steps, draw] if draw is not None else steps)
-            output: Any = host.model.generate(
-                **inputs, generation_config=config, logits_processor=processors
-            )
-        return [_until(ids, stops) for ids in output[:, start:].tolist()]
-
     def _new_text(self, row: Row, ids: Sequence[int]) -> str:
         if self.host.is_encoder_decoder:
             return self._decode(ids)
@@ -425,67 +355,6 @@ class ModelView:
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
-
-
-def _depths(calls: Sequence[Middleware]) -> list[int]:
-    return sorted({depth for call in calls for depth in call.depths})
-
-
-def _changed(
-    host: ModelHost, calls: Sequence[Middleware], logits: Tensor, states: Mapping[int, Tensor]
-) -> Tensor:
-    """What the middleware, oldest first, makes of next-token logits.
-
-    Args:
-        host: the model.
-        calls: the middleware.
-        logits: (n, vocabulary).
-        states: for each depth that the middleware wants the residual stream (n, d).
-    """
-    if not calls:
-        return logits
-    size = max(1, MAX_LOGITS // (logits.shape[1] * (1 + len(states))))  # rows at a time
-    parts = []
-    for start in range(0, len(logits), size):
-        part, early = logits[start : start + size], {}
-        if states:
-            chunk = [s[start : start + size].to(logits.device) for s in states.values()]
-            found = unembed(host, torch.cat(chunk)).to(logits)
-            early = dict(zip(states, found.split(len(part)), strict=True))
-        for call in calls:
-            part = call.logits(part, early)
-        parts.append(part)
-    return torch.cat(parts)
-
-
-class _Calls(LogitsProcessor):
-    """The middleware at each new token; `streams` are those of the step's own pass."""
-
-    def __init__(
-        self, host: ModelHost, calls: Sequence[Middleware], streams: Mapping[int, Tensor]
-    ) -> None:
-        self.host, self.calls, self.streams = host, calls, streams
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        last = {depth: stream[:, -1] for depth, stream in self.streams.items()}
-        return _changed(self.host, self.calls, scores, last)
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's next token with its own generator and leaves greedy decoding no choice."""
-
-    def __init__(self, generators: Sequence[Generator], top_k: int) -> None:
-        self.generators, self.top_k = generators, top_k
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best = scores.float().topk(min(self.top_k, scores.shape[1]), dim=1)
-        shares = best.values.cpu().softmax(dim=1)
-        places = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(shares, self.generators, strict=True)
-        ]
-        chosen = best.indices.gather(1, torch.stack(places).to(scores.device))
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 def _generator(question: Sample) -> Generator:
@@ -506,17 +375,3 @@ def _score(question: Read, row: Row, logprobs: Tensor, predicted: Sequence[int])
         rank=int((~(logprobs[0] <= picked[0])).sum()),
         merged=row.merged,
     )
-
-
-def stop_ids(host: ModelHost) -> set[int]:
-    """The tokens that end what a model writes."""
-    stops: set[int] = set()
-    config = getattr(host.model, "generation_config", None)
-    for found in (host.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        stops |= {found} if isinstance(found, int) else set(found or ())
-    return stops
-
-
-def _until(ids: list[int], stops: set[int]) -> tuple[list[int], bool]:
-    end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end], end < len(ids)

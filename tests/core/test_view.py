@@ -133,7 +133,8 @@ def test_next_token_logits_are_those_of_the_model(host):
 def test_long_lists_are_answered_in_order(toy_host, monkeypatch):
     view = ModelView(toy_host("llama"))
     expected = view.greedy(PROMPTS, max_new_tokens=3), view.score(PROMPTS, TARGETS)
-    monkeypatch.setattr("kedit_core.view.MAX_TOKENS", 20)
+    for module in ("view", "writing"):
+        monkeypatch.setattr(f"kedit_core.{module}.MAX_TOKENS", 20)
     assert view.greedy(PROMPTS, max_new_tokens=3) == expected[0]
     for ours, theirs in zip(view.score(PROMPTS, TARGETS), expected[1], strict=True):
         assert ours.prompt == theirs.prompt
@@ -282,13 +283,13 @@ def test_middleware_sees_any_number_of_earlier_streams_a_few_at_a_time(toy_host,
     assert sum(len(score.tokens) for score in alone) > longest
     sizes = []
     monkeypatch.setattr(
-        "kedit_core.view.unembed", lambda h, s: (sizes.append(len(s)), unembed(h, s))[1]
+        "kedit_core.calls.unembed", lambda h, s: (sizes.append(len(s)), unembed(h, s))[1]
     )
 
     together = early.score(prompts, targets)
     assert max(sizes) > longest
     sizes.clear()
-    monkeypatch.setattr("kedit_core.view.MAX_LOGITS", 2 * 7 * host.model.config.vocab_size)
+    monkeypatch.setattr("kedit_core.calls.MAX_LOGITS", 2 * 7 * host.model.config.vocab_size)
     in_parts = early.score(prompts, targets)
     assert max(sizes) <= 7
     for scores in (together, in_parts):

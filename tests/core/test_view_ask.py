@@ -170,7 +170,8 @@ def test_so_does_each_where_words_begin_with_a_mark(kind, side, pad):
 
 def test_batches_of_any_size_give_the_same(host, monkeypatch):
     expected = ModelView(host).ask(mixed())
-    monkeypatch.setattr("kedit_core.view.MAX_TOKENS", 150)
+    for module in ("view", "writing"):
+        monkeypatch.setattr(f"kedit_core.{module}.MAX_TOKENS", 150)
     monkeypatch.setattr("kedit_core.view.MAX_LOGITS", 3 * 528)
 
     found = ModelView(host).ask(mixed())
@@ -608,11 +609,11 @@ def test_a_conversation_without_a_chat_template_keeps_the_first_line_of_a_reply(
     lines = iter(["  Rome.\nQ: And", " Yes", " No"])
     asked = []
 
-    def written(self, rows, new_tokens):
+    def written(host, calls, rows, new_tokens):
         asked.extend(host.tokenizer.decode(r.prompt, skip_special_tokens=True) for r in rows)
         return [(ids_of(host, next(lines)), False) for _ in rows]
 
-    monkeypatch.setattr(ModelView, "_continue", written)
+    monkeypatch.setattr("kedit_core.view.write_greedily", written)
     view.ask([Converse(("Where?", "Sure?", "Really?"), 9)])
 
     start = "Please answer the question:\n\nQ: Where?\nA:"

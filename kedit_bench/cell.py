@@ -32,6 +32,7 @@ from kedit_core.editing import EditSession
 from kedit_core.errors import EditError, RequestError
 from kedit_core.hookspecs import CaseMeasured
 from kedit_core.hparams import HyperParams
+from kedit_core.numerics.values import VALUES
 from kedit_core.protocols import Preparable
 from kedit_core.request import EditCase, EditRequest
 from kedit_core.spec import MethodSpec
@@ -174,6 +175,7 @@ class Cell:
         left_out = {n: reason for n, case in step if (reason := self._refusal(n, case, unedited))}
         fit = [(n, case) for n, case in step if n not in left_out]
         effort, failure = Effort(), ""
+        kept = session.artifacts.found[VALUES]
         while fit:
             try:
                 with measured(session.host.device) as effort:
@@ -186,6 +188,7 @@ class Cell:
                 fit = [(n, case) for n, case in fit if n not in left_out]
                 continue
             break
+        kept = session.artifacts.found[VALUES] - kept
         if not fit:
             return _Step(_left_out(left_out), (), {}, {})
         if failure and not session.is_edited:
@@ -203,6 +206,7 @@ class Cell:
                 "host_bytes": effort.host_bytes,
                 "device_bytes": effort.device_bytes,
                 "reserved_bytes": effort.reserved_bytes,
+                "kept_targets": kept,
                 "answers": [
                     *(_both(q, before[q], after[q]) for q in self.scorer.questions(case)),
                     *self._about(case, (before, after), before),

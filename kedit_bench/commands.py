@@ -16,10 +16,10 @@ from kedit_bench.journal import only_one
 from kedit_bench.regime import Regime
 from kedit_bench.results import read_result, results_of, scorer_of, write_result
 from kedit_bench.run import Run, digest_of, with_probes
-from kedit_bench.scoring import Chosen, choose_metrics
+from kedit_bench.scoring import Chosen, MissingAnswerError, choose_metrics
 from kedit_core.cli import options, printing
 from kedit_core.cli.data import read_dataset
-from kedit_core.errors import DataError, SettingError
+from kedit_core.errors import DataError, KEditError, SettingError
 from kedit_core.hookspecs import CellFinished
 from kedit_core.named import split_named
 from kedit_core.plugins import Catalog, discover
@@ -99,7 +99,10 @@ def evaluate(
     trust_remote_code: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score methods on a dataset, side by side with the unedited model."""
+    """Score methods on a dataset, side by side with the unedited model.
+
+    A method that cannot be evaluated does not stop the others.
+    """
     if context.invoked_subcommand is not None:
         return
     for name, given in (("--model", model), ("--method", method), ("--dataset", dataset)):
@@ -155,22 +158,34 @@ def evaluate(
         for pair in probes or []:
             found = with_probes(found, _probes(catalog, pair), probes_per_case)
         count = run.begin(identity, found, limit)
-        results = [
-            _run_cell(session, asker, run, count, w, how, chosen, identity, preset, hparams)
-            for w in wanted
-        ]
-        from kedit_bench.report import write_reports
+        results, failures = [], []
+        for w in wanted:
+            try:
+                results.append(
+                    _run_cell(session, asker, run, count, w, how, chosen, identity, preset, hparams)
+                )
+            except KEditError as error:
+                if len(wanted) == 1:
+                    raise
+                failures.append(f"{w.label} was not evaluated: {error}")
+        if results:
+            from kedit_bench.report import write_reports
 
-        labels = {w.label for w in wanted}
-        earlier = [result for result in results_of(run) if result["label"] not in labels]
-        write_reports(run, [*earlier, *results])
+            labels = {result["label"] for result in results}
+            earlier = [result for result in results_of(run) if result["label"] not in labels]
+            write_reports(run, [*earlier, *results])
         if as_json:
-            return printing.echo_json({"run": run.identity, "results": results})
-        _show(results)
-        for line in _notes(run, count, results):
+            printing.echo_json({"run": run.identity, "results": results})
+        elif results:
+            _show(results)
+            for line in _notes(run, count, results):
+                typer.echo(line, err=True)
+            if out is not None:
+                typer.echo(f"Raw answers, tables and plots: {out}", err=True)
+        for line in failures:
             typer.echo(line, err=True)
-        if out is not None:
-            typer.echo(f"Raw answers, tables and plots: {out}", err=True)
+        if failures:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -182,12 +197,11 @@ def rescore(
     """Compute metrics anew from kept answers; no model is needed.
 
     Scores of other metrics stay as they are.  A method that was not evaluated to the end is
-    passed over.
+    passed over.  Of a pattern, metrics whose answers were not kept are left out.
     """
     run = Run(folder)
     identity = run.identity
     chosen = choose_metrics(discover(), metric or identity["metrics"])
-    scorer = scorer_of(identity, chosen)
     with only_one(folder):
         cells = [cell for cell in run.cells() if read_result(cell) is not None]
         if not cells:
@@ -198,7 +212,7 @@ def rescore(
         for cell in run.cells():
             if cell not in cells:
                 typer.echo(f"{run.about(cell)['label']} was not evaluated to the end.", err=True)
-        results = [write_result(cell, run.about(cell), run.cases(), scorer) for cell in cells]
+        results = [_rescored(run, cell, chosen) for cell in cells]
         from kedit_bench.report import write_reports
 
         write_reports(run, results)
@@ -207,11 +221,29 @@ def rescore(
     _show(results)
 
 
+def _rescored(run: Run, cell: Path, chosen: Sequence[Chosen]) -> dict[str, Any]:
+    """A cell's result; it tells which metrics of a pattern lack answers and are left out."""
+    about, kept, missing = run.about(cell), list(chosen), list[str]()
+    while True:
+        try:
+            result = write_result(cell, about, run.cases(), scorer_of(run.identity, kept))
+            break
+        except MissingAnswerError as error:
+            lacking = next(c for c in kept if c.name == error.metric)
+            if not lacking.by_pattern or len(kept) == 1:
+                raise
+            kept.remove(lacking)
+            missing.append(lacking.name)
+    if missing:
+        typer.echo(f"{about['label']} holds no answers for {', '.join(missing)}.", err=True)
+    return result
+
+
 def _show(results: Sequence[dict[str, Any]]) -> None:
-    from kedit_bench.report import cases_note, terminal
+    from kedit_bench.report import cases_note, terminal, unscored_notes
 
     typer.echo(terminal(results))
-    if note := cases_note(results):
+    for note in filter(None, (cases_note(results), *unscored_notes(results))):
         typer.echo(note, err=True)
 
 
@@ -293,14 +325,17 @@ def _checkpoints(count: int, every: int | None) -> frozenset[int]:
 
 
 def _notes(run: Run, count: int, results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    from kedit_bench.report import kept_note
+
     left = run.left_out()
     if left:
         yield f"{len(left)} rows of the data made no case; the first: {left[0]}."
     for result in results:
         seconds = result["seconds_per_edit"]
         if seconds is not None:
-            made = result["cases"] - len(result["failed"])
-            yield f"{result['label']}: {seconds:.2f} s per edit (median of {made})."
+            yield f"{result['label']}: {seconds:.2f} s per edit (median of {result['timed']})."
+        if result["kept_targets"]:
+            yield kept_note(result)
         if result["preparation_seconds"] is not None:
             yield f"{result['label']}: {result['preparation_seconds']:.1f} s of preparation."
         if result["left_out"]:

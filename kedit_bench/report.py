@@ -70,6 +70,20 @@ def cases_note(results: Sequence[Result]) -> str:
     return "" if same and all(len(_numbers(row)) == 1 for row in rows) else OTHER_CASES
 
 
+def unscored_notes(results: Sequence[Result]) -> list[str]:
+    """Sentences about metrics of which no method has a score, by the kind of their probes."""
+    scored = {score["protocol"]["metric"] for result in results for score in result["scores"]}
+    kinds: dict[str, dict[str, None]] = {}
+    for result in results:
+        for metric, kind in result.get("unscored", {}).items():  # an earlier version did not tell
+            if metric not in scored:
+                kinds.setdefault(kind, {})[metric] = None
+    return [
+        f"{', '.join(metrics)}: no case has a probe of kind {kind} that can be scored."
+        for kind, metrics in kinds.items()
+    ]
+
+
 def _labels(results: Sequence[Result]) -> Row:
     return tuple(str(result["label"]) for result in results)
 
@@ -257,7 +271,7 @@ def protocol_rows(results: Sequence[Result]) -> Table:
 def identity_rows(run: Run) -> list[Row]:
     """What the run is."""
     about = {k: v for k, v in run.identity.items() if v not in (None, {}, [])}
-    about["metrics"] = ", ".join(about["metrics"])
+    about["metrics"] = ", ".join(about.get("metrics", ()))
     return [(key, str(value)) for key, value in about.items()]
 
 
@@ -283,9 +297,19 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     flagged += [
         f"`{r['label']}`: {undefined_note(item)}" for r in results for item in undefined_of(r)
     ]
+    flagged += [kept_note(r) for r in results if r.get("kept_targets")]
+    flagged += unscored_notes(results)
     if flagged:
         found.append(("Flags", flagged))
     return found
+
+
+def kept_note(result: Result) -> str:
+    """That some of its edits do not tell how long an edit takes."""
+    return (
+        f"{result['label']}: {result['kept_targets']} edits took targets that earlier ones had "
+        f"made, so their seconds do not count."
+    )
 
 
 def _md_table(header: Row, rows: Sequence[Row]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,18 +21,22 @@ from kedit_bench.scoring import (
     Chosen,
     Mean,
     Measurement,
+    MissingAnswerError,
     Protocol,
     Scorer,
     Tally,
 )
 from kedit_core.ask import Answer, Question, answer_from_json, question_from_json
 from kedit_core.errors import DataError
-from kedit_core.files import write_json
+from kedit_core.files import new_file, write_json
 from kedit_core.request import EditCase
 
 log = logging.getLogger(__name__)
 
-ANSWERS, RESULT = "answers.jsonl", "result.json"
+ANSWERS, RESULT, SCORES = "answers.jsonl", "result.json", "scores.csv"
+COLUMNS = ("case", "moment", "metric", "part", "value", "probes")
+
+Row = Callable[[int | None, Measurement], object]
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Measured:
         cases: how many were edited, or should have been: all but those left out.
         preparation: seconds of what was made once, before the first edit; None where the method
             makes nothing ahead, or it was not timed apart.
-        seconds: of each case's edit that did not fail.
+        seconds: of each case's edit that did not fail, and made all its targets itself.
+        kept_targets: how many edits took targets that were kept from earlier ones.
         host_bytes, device_bytes, reserved_bytes: the highest of all edits, see `Effort`; None
             where it was not measured.
         left_out: reason by number of the case.
@@ -58,6 +65,7 @@ class Measured:
     cases: int = 0
     preparation: float | None = None
     seconds: list[float] = field(default_factory=list)
+    kept_targets: int = 0
     host_bytes: int | None = None
     device_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -69,23 +77,33 @@ class Measured:
     by_age: dict[Protocol, dict[int, Tally]] = field(default_factory=dict)
 
 
-def score_journal(journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer) -> Measured:
+def score_journal(
+    journal: Journal,
+    cases: Sequence[EditCase] | Cases,
+    scorer: Scorer,
+    row: Row = lambda case, measurement: None,
+) -> Measured:
     """Score what was kept, one case at a time: neither answers nor scores of cases are held.
 
+    Each score is told to `row`, with the number of its case.
+
     Raises:
-        DataError: the journal lacks an answer that a metric needs.
+        MissingAnswerError: the journal lacks an answer that a metric needs.
     """
     found = Measured()
     measurements = _measurements(journal, cases, scorer, found)
-    found.scores = scorer.summary(_finite(measurements, found))
+    found.scores = scorer.summary(_finite(measurements, found, row))
     for line in map(undefined_note, _undefined(found)):
         log.warning("%s", line)
     return found
 
 
-def _finite(measurements: Iterable[Measurement], found: Measured) -> Iterator[Measurement]:
-    """Those that can be averaged; the others are counted in `found`."""
-    for measurement in measurements:
+def _finite(
+    measurements: Iterable[tuple[int | None, Measurement]], found: Measured, row: Row
+) -> Iterator[Measurement]:
+    """Those that can be averaged; the others are counted in `found`.  All are told to `row`."""
+    for case, measurement in measurements:
+        row(case, measurement)
         if measurement.is_finite:
             yield measurement
         else:
@@ -95,34 +113,35 @@ def _finite(measurements: Iterable[Measurement], found: Measured) -> Iterator[Me
 
 def _measurements(
     journal: Journal, cases: Sequence[EditCase] | Cases, scorer: Scorer, found: Measured
-) -> Iterator[Measurement]:
-    """The scores of each line of a journal; what else it says is noted in `found`."""
+) -> Iterator[tuple[int | None, Measurement]]:
+    """The scores of each line of a journal with its case; what else it says is noted in `found`."""
     size = Regime.parse(scorer.where["schedule"]).size
     first: dict[int, int] = {}  # where a case's answers of both sides are
-    try:
-        for place in journal.places():
-            line = journal.at(place)
-            if "figures" in line:
-                for chosen, _ in scorer.of_models():
-                    yield from scorer.figures(chosen, line["figures"][chosen.name], line["moment"])
-            elif "preparation" in line:
-                found.preparation = line["preparation"]
-            elif "left_out" in line:
-                found.left_out[line["n"]] = line["left_out"]
-            else:
-                n = line["n"]
-                both = line if first.setdefault(n, place) == place else journal.at(first[n])
-                scored = _scored(line, both, cases[n], scorer, found)
-                yield from scored
-                if line["moment"] != IMMEDIATE:
-                    edits = _edits(line["moment"], len(cases))
-                    own = min(edits, (n // size + 1) * size)  # edited with it or before it
-                    _note_age(found, edits - own, scored)
-    except KeyError as error:
-        raise DataError(
-            f"{journal.path} does not hold the answer to {error.args[0]!r}, which a metric needs. "
-            f"Run `kedit eval` with that metric."
-        ) from None
+    figures: set[str] = set()  # metrics of the whole model
+    for place in journal.places():
+        line = journal.at(place)
+        if "figures" in line:
+            figures |= line["figures"].keys()
+            for chosen, _ in scorer.of_models():
+                told = line["figures"].get(chosen.name, {})
+                for measurement in scorer.figures(chosen, told, line["moment"]):
+                    yield line["case"], measurement
+        elif "preparation" in line:
+            found.preparation = line["preparation"]
+        elif "left_out" in line:
+            found.left_out[line["n"]] = line["left_out"]
+        else:
+            n = line["n"]
+            both = line if first.setdefault(n, place) == place else journal.at(first[n])
+            scored = _scored(line, both, cases[n], scorer, found)
+            yield from ((n, measurement) for measurement in scored)
+            if line["moment"] != IMMEDIATE:
+                edits = _edits(line["moment"], len(cases))
+                own = min(edits, (n // size + 1) * size)  # edited with it or before it
+                _note_age(found, edits - own, scored)
+    for chosen, _ in scorer.of_models():
+        if chosen.name not in figures:
+            raise MissingAnswerError(chosen.name)
 
 
 def _scored(
@@ -140,7 +159,9 @@ def _scored(
     if moment == IMMEDIATE:
         scored += scorer.unchanged(case, before)
         found.cases += 1
-        if "failed" not in line:
+        if line.get("kept_targets"):
+            found.kept_targets += 1
+        elif "failed" not in line:
             found.seconds.append(line["seconds"])
         for peak in ("host_bytes", "device_bytes", "reserved_bytes"):
             setattr(found, peak, _higher(getattr(found, peak), line.get(peak)))
@@ -182,9 +203,9 @@ def _note_age(found: Measured, age: int, scored: Iterable[Measurement]) -> None:
 def write_result(
     folder: Path, about: Mapping[str, Any], cases: Sequence[EditCase] | Cases, scorer: Scorer
 ) -> dict[str, Any]:
-    """Score a cell's journal, write `result.json`, and return it.
+    """Score a cell's journal, write `result.json` and `scores.csv`, and return the former.
 
-    Scores of other metrics that were written before stay in it.
+    Scores of other metrics that were written before stay in both.
 
     Args:
         folder: of the cell.
@@ -193,11 +214,13 @@ def write_result(
         scorer: the metrics.
 
     Raises:
-        DataError: the journal lacks an answer that a metric needs.
+        MissingAnswerError: the journal lacks an answer that a metric needs.
+        DataError: what was written before is damaged.
     """
-    found = score_journal(Journal(folder / ANSWERS), cases, scorer)
-    result = {**about, **_figures(found)}
     anew, earlier = {chosen.name for chosen in scorer.chosen}, read_result(folder)
+    with _rows(folder / SCORES, anew) as row:
+        found = score_journal(Journal(folder / ANSWERS), cases, scorer, row)
+    result = {**about, **_figures(found)}
     if earlier is not None:
         scores = [s for s in earlier["scores"] if s["protocol"]["metric"] not in anew]
         retention = [r for r in ages_of(earlier) if r["protocol"]["metric"] not in anew]
@@ -205,8 +228,33 @@ def write_result(
         undefined = [u for u in undefined_of(earlier) if u["protocol"]["metric"] not in anew]
         result["retention"] = [*retention, *result["retention"]]
         result["undefined"] = [*undefined, *result["undefined"]]
+    kinds = {**(earlier or {}).get("unscored", {}), **{c.name: c.spec.probe for c in scorer.chosen}}
+    seen = {item["protocol"]["metric"] for item in (*result["scores"], *result["undefined"])}
+    unscored = {metric: kind for metric, kind in kinds.items() if metric not in seen}
+    result["unscored"] = unscored if found.cases else {}
     write_json(folder / RESULT, result)
     return result
+
+
+@contextlib.contextmanager
+def _rows(file: Path, anew: Collection[str]) -> Iterator[Row]:
+    """Write scores by case; rows of metrics that are not scored `anew` stay in the file."""
+    with new_file(file) as path, path.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(COLUMNS)
+        if file.exists():
+            with file.open(encoding="utf-8", newline="") as before:
+                rows = csv.reader(before)
+                if tuple(next(rows, ())) != COLUMNS:
+                    raise DataError(f"{file} cannot be read. Remove it and try again.")
+                writer.writerows(row for row in rows if row[2] not in anew)
+
+        def write(case: int | None, measurement: Measurement) -> None:
+            p = measurement.protocol
+            told = (p.moment, p.metric, p.part, measurement.value, measurement.probes)
+            writer.writerow((case, *told))
+
+        yield write
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -282,6 +330,8 @@ def _figures(found: Measured) -> dict[str, Any]:
         "preparation_seconds": found.preparation,
         "seconds_per_edit": median(found.seconds) if found.seconds else None,
         "seconds": sum(found.seconds),
+        "timed": len(found.seconds),
+        "kept_targets": found.kept_targets,
         "peak_host_bytes": found.host_bytes,
         "peak_device_bytes": found.device_bytes,
         "peak_reserved_bytes": found.reserved_bytes,

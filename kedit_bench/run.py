@@ -3,19 +3,21 @@
 run.json          what is evaluated; the same command goes on with the same folder
 cases.jsonl       the cases, in order
 left_out.jsonl    rows of the data that made no case, with reasons
-METHOD/           a cell: answers.jsonl (raw answers), result.json (means)
+METHOD/           a cell: answers.jsonl (raw answers), scores.csv (by case), result.json (means)
 report.md, report.html
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +96,16 @@ class Run:
                             break
             if not count:
                 raise DataError(f"There is no case to evaluate in {identity.get('dataset')}.")
-        write_json(self.folder / RUN, wanted)
+        made = {
+            "kedit": importlib.metadata.version("kedit"),
+            "begun": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        write_json(self.folder / RUN, {**wanted, **made})
         return count
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is.
+        """What the run is, with what kedit and when it was begun.
 
         Raises:
             DataError: the folder holds no run.
@@ -150,11 +156,22 @@ class Run:
     def _check_same(self, wanted: Mapping[str, Any]) -> None:
         stored = self.identity
         for key, value in json.loads(json.dumps(wanted)).items():
-            if key in stored and stored[key] != value:
+            if key in stored and (difference := _difference(key, stored[key], value)):
                 raise DataError(
-                    f"{self.folder} is another run: its {key} is {stored[key]!r}, and "
-                    f"{value!r} is asked for. Choose another --out."
+                    f"{self.folder} is another run: {difference}. Choose another --out."
                 )
+
+
+def _difference(key: str, stored: Any, wanted: Any) -> str:
+    """How a run that is asked for differs; lists do not by their order."""
+    if not isinstance(wanted, list):
+        return "" if stored == wanted else f"its {key} is {stored!r}, and {wanted!r} is asked for"
+    more = [item for item in wanted if item not in stored]
+    less = [item for item in stored if item not in wanted]
+    told = [
+        f"{verb} {', '.join(items)}" for verb, items in (("adds", more), ("lacks", less)) if items
+    ]
+    return f"its {key} are others: the command {' and '.join(told)}" if told else ""
 
 
 def digest_of(source: str | Path) -> str:

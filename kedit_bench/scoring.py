@@ -128,11 +128,27 @@ class Tally:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A metric with its settings, as it is named in results."""
+    """A metric with its settings, as it is named in results.
+
+    Attributes:
+        by_pattern: it was not named in full.
+    """
 
     name: str
     spec: MetricSpec
     metric: Metric | ModelMetric
+    by_pattern: bool = False
+
+
+class MissingAnswerError(DataError):
+    """A metric needs an answer that was not kept."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        super().__init__(
+            f"The journal does not hold the answers that {metric} needs. Give that metric to "
+            f"`kedit eval` with another --out."
+        )
 
 
 def choose_metrics(
@@ -143,7 +159,7 @@ def choose_metrics(
     Where none is asked for, those of the dataset, or else the default ones.
 
     Raises:
-        UnknownNameError, SettingError: a name or a setting is wrong.
+        UnknownNameError, SettingError: a name or a setting is wrong, or no metric is left.
     """
     names = list(wanted) or list(dataset.metrics if dataset else ())
     specs = catalog.all(MetricSpec)
@@ -162,11 +178,16 @@ def choose_metrics(
             if len(found) > 1 and settings:
                 raise SettingError(f"Give settings to one metric, not to all like '{name}'.")
             try:
-                chosen[shown] = Chosen(shown, spec, create(spec, settings))
+                chosen[shown] = Chosen(shown, spec, create(spec, settings), spec.name != name)
             except SettingError as error:
                 if not found or spec.name == name:
                     raise
                 log.warning("%s is left out: %s", spec.name, error)
+    if not chosen:
+        raise SettingError(
+            f"No metric is left of {', '.join(names)}. Choose with --metric from `kedit "
+            f"list-metrics`."
+        )
     return list(chosen.values())
 
 
@@ -249,7 +270,7 @@ class Scorer:
         return [
             Measurement(self._protocol(chosen, part, moment), score.value, score.probes)
             for chosen, metric in self._of_cases()
-            for part, score in _checked(chosen, metric.score(case, before, after)).items()
+            for part, score in _scores(chosen.name, metric, case, before, after).items()
         ]
 
     def _combined(self, means: Sequence[Mean]) -> list[Mean]:
@@ -290,8 +311,20 @@ def _made_of(figure: str, parts: Mapping[str, Mean]) -> list[Mean]:
     return [own] if own else list(parts.values())
 
 
-def _checked(chosen: Chosen, scores: Mapping[str, CaseScore]) -> Mapping[str, CaseScore]:
-    for score in scores.values():
-        if not isinstance(score, CaseScore):
-            raise DataError(f"The metric {chosen.name} returned {score!r}, not a CaseScore.")
+def _scores(
+    name: str, metric: Metric, case: EditCase, before: Answers, after: Answers
+) -> Mapping[str, CaseScore]:
+    try:
+        scores = metric.score(case, before, after)
+    except KeyError as error:
+        if any(isinstance(lacking, Question) for lacking in error.args):
+            raise MissingAnswerError(name) from None
+        raise
+    if not isinstance(scores, Mapping) or not all(
+        isinstance(score, CaseScore) for score in scores.values()
+    ):
+        raise DataError(
+            f"The metric {name} returned {scores!r}; score() must return a mapping from parts to "
+            f"CaseScore."
+        )
     return scores

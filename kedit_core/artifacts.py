@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,14 @@ class ArtifactStore:
 
     Args:
         root: folder of the store; by default `artifacts` in kedit's cache folder.
+
+    Attributes:
+        found: how many artifacts of each kind were found so far, and so not made again.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = Path(root) if root is not None else cache_root() / "artifacts"
+        self.found: Counter[str] = Counter()
 
     def folder(self, kind: str, key: Key) -> Path:
         """Where the artifact is, or would be."""
@@ -60,6 +65,7 @@ class ArtifactStore:
             ) from None
         if _canonical(stored) != _canonical(key):
             raise ArtifactError(f"The stored {kind} in {folder} belongs to another key. Delete it.")
+        self.found[kind] += 1
         return tensors
 
     def put(self, kind: str, key: Key, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from kedit_core.errors import DataError, RequestError, did_you_mean
+from kedit_core.errors import DataError, RequestError, nearest
 from kedit_core.records import LeftOut, Row, RowError, Source, UnfitRow, read_rows
 from kedit_core.request import SLOT, EditCase, EditRequest, Probe
 
@@ -60,11 +60,13 @@ def _format_of(row: Row, formats: Sequence[Format[Item]]) -> Format[Item]:
     for known in formats:
         if known.keys <= row.value.keys():
             return known
-    nearest = min(formats, key=lambda f: (len(f.keys - row.value.keys()), len(f.keys)))
-    missing = sorted(nearest.keys - row.value.keys())
-    hint = did_you_mean(missing[0], row.value) if row.value else "It is empty."
+    closest = min(formats, key=lambda f: (len(f.keys - row.value.keys()), len(f.keys)))
+    missing = sorted(closest.keys - row.value.keys())
+    hint = f"The file has: {', '.join(sorted(row.value))}." if row.value else "It is empty."
+    if meant := nearest(missing[0], row.value):
+        hint = f"Did you mean '{meant}'?"
     raise DataError(
-        f"{row.file}, line {row.line}: no known format. It comes nearest to {nearest.name}, but "
+        f"{row.file}, line {row.line}: no known format. It comes nearest to {closest.name}, but "
         f"lacks {', '.join(repr(key) for key in missing)}. {hint}"
     )
 

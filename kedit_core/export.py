@@ -285,7 +285,7 @@ def _refuse_shared(host: ModelHost, number: int, patch: Patch, site: Site) -> No
 
 
 def _named(number: int, patch: Patch) -> str:
-    return f"Edit {number + 1} ({patch.method})"
+    return f"Edit {number} ({patch.method})"
 
 
 def _public_name(name: str) -> str:

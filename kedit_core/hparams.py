@@ -205,6 +205,8 @@ def _build(
         )
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if problem["type"] == "tuple_type" and isinstance(problem["input"], int | float | str):
+        message = f"input should be a list; write [{problem['input']}]"
     where = f" ({origin[key]})" if key in origin else ""
     given = f" = {problem['input']!r}" if key else ""
     raise SettingError(f"Setting '{key or spec.name}'{given} of {spec.name}{where}: {message}.")

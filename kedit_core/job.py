@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,13 +16,15 @@ from kedit_core.corpus import Corpus
 from kedit_core.effects import WeightDelta
 from kedit_core.host import ModelHost
 from kedit_core.patch import Patch
-from kedit_core.request import EditRequest
+from kedit_core.request import EditRequest, repeats
 from kedit_core.sites import Site
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EditJob:
-    """One call of a method.
+    """One call of a method; it tells of requests that stand twice, and of those that disagree.
 
     Attributes:
         host: the model with all earlier edits in force.  Weights are frozen; hooks, flags and
@@ -47,6 +51,11 @@ class EditJob:
     earlier: tuple[Patch, ...] = ()
     is_edited: bool = False
     overlays: Callable[[], Sequence[WeightDelta]] = tuple
+
+    def __post_init__(self) -> None:
+        asked = Counter((request.text, request.target_new) for request in self.requests)
+        for what, texts in repeats(asked).items():
+            log.warning("%s in one batch: %d, first %r.", what.capitalize(), len(texts), texts[0])
 
     @property
     def state(self) -> Mapping[str, Tensor]:

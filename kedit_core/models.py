@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_core.errors import ModelError
+from kedit_core.errors import ModelError, UnknownNameError
 from kedit_core.plugins import Catalog
 from kedit_core.spec import ModelSpec
 
@@ -37,7 +37,12 @@ def check(name: str, catalog: Catalog) -> None:
     elif path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"The model folder {path} does not exist.")
     elif "/" not in name:
-        catalog.model(name)
+        try:
+            catalog.model(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(
+                f"{error} '{name}' is no folder either, and a hub id has the form owner/name."
+            ) from None
     elif not _HUB_ID.fullmatch(name):
         raise ModelError(f"'{name}' is no folder, and a hub id has the form owner/name.")
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from kedit_core.errors import SettingError, did_you_mean
 from kedit_core.spec import Spec
 
+# What stands between commas; those in a list (of lists), a mapping and a quoted value do not count.
+_PAIR = re.compile(r"""(?:\[(?:\[[^]]*\]|[^]])*\]|\{[^}]*\}|=\s*(?:"[^"]*"|'[^']*')|[^,])+""")
+
 
 def split_named(text: str) -> tuple[str, dict[str, str]]:
-    """A name and its settings as they are written; commas part them.
+    """A name and its settings as they are written.
+
+    Commas part the settings, outside brackets, braces and quotes.
 
     Raises:
         SettingError: a setting has no value or is given twice.
     """
     name, _, rest = text.partition(":")
     settings: dict[str, str] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in _PAIR.findall(rest):
         key, equals, value = pair.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -61,7 +67,8 @@ def _read(value: str, annotation: Any) -> Any:
     """A setting's value; `ValueError` where it is no number or switch and should be one."""
     kind = inspect.formatannotation(annotation).strip("'")
     if kind in ("str", "str | None"):
-        return value
+        is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        return value[1:-1] if is_quoted else value
     if kind in ("int", "float"):
         return int(value) if kind == "int" else float(value)
     import yaml

@@ -148,7 +148,9 @@ class Catalog:
                 f"The {word} '{name}' is not installed. Install it with `pip install {package}`."
             )
         known = {*named, *(n for k, n in ours if k == word)}
-        raise UnknownNameError(f"There is no {word} '{name}'. {did_you_mean(name, known)}")
+        failing = ", ".join(sorted({p.distribution for p in self.plugins if p.error}))
+        hint = f" Plugins that do not work: {failing} (see `kedit plugins`)." if failing else ""
+        raise UnknownNameError(f"There is no {word} '{name}'. {did_you_mean(name, known)}{hint}")
 
     def _add(self, entry: _Entry) -> str:
         named = self._entries.setdefault(_kind(type(entry.spec)), {})

@@ -203,8 +203,8 @@ def read_rows(source: Source) -> Iterator[Row]:
         line = _line_of_bad_byte(path)
         if error.reason == "unexpected end of data":
             raise DataError(
-                f"{path}, line {line}: the file ends in the middle of a character. Download it "
-                f"again."
+                f"{path}, line {line}: the file ends in the middle of a character. Download or "
+                f"write it again."
             ) from None
         raise DataError(
             f"{path}, line {line}: not UTF-8 ({error.reason}). Convert the file, for example with "
@@ -221,7 +221,7 @@ def read_rows(source: Source) -> Iterator[Row]:
 def _refuse_other_things(path: Path, start: bytes) -> None:
     head = start.lstrip()[:200].lower()
     if not head:
-        raise DataError(f"{path}, line 1: the file is empty. Download it again.")
+        raise DataError(f"{path}, line 1: the file is empty. Download or write it again.")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(
             f"{path}, line 1: a web page, not data. Download the raw file instead of its page."
@@ -305,7 +305,7 @@ class _Values:
     def cut_off(self) -> DataError:
         line = self.line + self.text.count("\n", self.at)
         return DataError(
-            f"{self.path}, line {line}: the file ends in the middle. Download it again."
+            f"{self.path}, line {line}: the file ends in the middle. Download or write it again."
         )
 
     def _more(self) -> None:
@@ -327,6 +327,12 @@ def _csv_rows(path: Path, file: io.TextIOBase) -> Iterator[Row]:
     line = 1
     try:
         header = next(reader, [])
+        for mark, name in ((";", "';'"), ("\t", "tabs")):
+            if len(header) == 1 and mark in header[0]:
+                raise DataError(
+                    f"{path}, line 1: the columns are parted by {name}, not by commas. Save the "
+                    f"file with commas."
+                )
         if len(header) < 2:
             raise DataError(f"{path}, line 1: neither JSON nor a table with a header.")
         line = reader.line_num + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,20 @@ class EditCase(_Record):
     def request(self) -> EditRequest:
         """The first request."""
         return self.requests[0]
+
+
+def repeats(asked: Counter[tuple[str, str]]) -> dict[str, list[str]]:
+    """Texts of prompts that stand there several times, by what is the matter with them.
+
+    Args:
+        asked: how often each prompt's text and target stand there together.
+    """
+    targets = Counter(text for text, _ in asked)
+    found = {
+        "requests that stand several times": [text for (text, _), n in asked.items() if n > 1],
+        "prompts with several targets": [text for text, n in targets.items() if n > 1],
+    }
+    return {what: texts for what, texts in found.items() if texts}
 
 
 def read_requests(path: Path) -> list[EditRequest]:

@@ -122,11 +122,12 @@ class EditSession:
         """The model as it answers with all edits in force; follows later changes."""
         return ModelView(self.host, self._changes.calls)
 
-    def compare(self, prompts: Sequence[str], max_new_tokens: int = 12) -> list[Comparison]:
+    def compare(self, prompts: str | Sequence[str], max_new_tokens: int = 12) -> list[Comparison]:
         """Greedy answers without and with the edits, side by side."""
-        after = self.view().greedy(list(prompts), max_new_tokens=max_new_tokens)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        after = self.view().greedy(prompts, max_new_tokens=max_new_tokens)
         with self.suspended():
-            before = self.view().greedy(list(prompts), max_new_tokens=max_new_tokens)
+            before = self.view().greedy(prompts, max_new_tokens=max_new_tokens)
         return [Comparison(p, b, a) for p, b, a in zip(prompts, before, after, strict=True)]
 
     # -- editing --------------------------------------------------------------------------
@@ -158,7 +159,14 @@ class EditSession:
             KEditError: anything the user can cause; the model is as it was before the call.
         """
         spec, settings = self._resolve(method, preset, file, hparams)
-        wanted = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
+        alone = isinstance(requests, EditRequest | str | Mapping)
+        wanted = cast(tuple[EditRequest, ...], (requests,) if alone else tuple(requests))
+        for request in wanted:
+            if not isinstance(request, EditRequest):
+                raise RequestError(
+                    f"{request!r} is no edit request. Give EditRequest(prompt=…, subject=…, "
+                    f"target_new=…), or several."
+                )
         if spec.writes_facts and not wanted:
             raise RequestError("No request is given, so there is nothing to edit.")
         self._check_model(spec)
@@ -490,15 +498,11 @@ class EditSession:
 
     def _check_base(self, patch: Patch, touched: Set[Tensor]) -> None:
         named = f"The {patch.method} patch was computed on other weights ({patch.base.name})"
+        anyway = "give --force, in Python force=True, to load it anyway."
         if patch.base.fingerprint != self.fingerprint:
-            raise PatchError(
-                f"{named} than those of {self.host.name}; use force to load it anyway."
-            )
+            raise PatchError(f"{named} than those of {self.host.name}; {anyway}")
         for delta in patch.deltas:
             recorded = patch.base.checksums.get(delta.site.parameter)
             is_first = self.host.stored(delta.site) not in touched
             if is_first and recorded != self.host.checksum(delta.site):
-                raise PatchError(
-                    f"{named}: {delta.site.parameter} has changed since; use force to load it "
-                    f"anyway."
-                )
+                raise PatchError(f"{named}: {delta.site.parameter} has changed since; {anyway}")

@@ -84,8 +84,14 @@ class ModelView:
         """How the model reads each target after its prompt.
 
         Raises:
-            RequestError: a prompt with its target is longer than the model takes.
+            RequestError: a prompt with its target is longer than the model takes, or there are not
+                as many targets as prompts.
         """
+        is_text = isinstance(prompts, str) or isinstance(targets, str)
+        if is_text or len(prompts) != len(targets):
+            raise RequestError(
+                "score takes a list of prompts and one target for each: score([prompt], [target])."
+            )
         asked = [Read(p, t) for p, t in zip(prompts, targets, strict=True)]
         texts = self.worded(prompts)
         rows = [join(self.host, text, q.target) for text, q in zip(texts, asked, strict=True)]

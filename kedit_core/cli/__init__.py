@@ -9,11 +9,13 @@ import sys
 from kedit_core.cli.lists import LISTS
 from kedit_core.errors import KEditError
 
+INTERRUPTED = 130  # what a shell calls the end by SIGINT
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code.
 
-    0 done, 1 the edit or check failed, 2 wrong use.
+    0 done, 1 the edit or check failed, 2 wrong use, 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -42,9 +44,22 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"kedit: {error}\n")
         sys.exit(error.exit_code)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        then = " The same command goes on where it was." if _keeps_work(given) else ""
+        sys.stderr.write(f"kedit: Stopped.{then}\n")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _keeps_work(given: list[str]) -> bool:
+    """Whether an interrupted command has kept what it had done."""
+    command, options = next(iter(given), ""), {a.partition("=")[0] for a in given}
+    kept_with = {"edit": "--batch", "eval": "--out"}
+    return command in ("tune", "prepare") or kept_with.get(command) in options
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from kedit_core import __version__
 from kedit_core.cli import authors, data, edits, models, presets, trace
 from kedit_core.cli.lists import LISTS
 from kedit_core.cli.options import Json
@@ -28,12 +30,28 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_start)
     for name, show in LISTS.items():
         app.command(name, help=show.__doc__)(_listing(show))
     for module in (presets, edits, models, trace, data, authors):
         module.register(app)
     _add_plugin_commands(app)
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kedit {__version__}")
+        raise typer.Exit
+
+
+def _start(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show kedit's own."),
+    ] = False,
+) -> None:
+    """What is given before a command."""
 
 
 def _listing(show: Callable[[bool], None]) -> Callable[..., None]:

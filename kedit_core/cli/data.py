@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kedit_core.spec import DatasetSpec
 
 SHOWN = 20
+COMPARED = 100_000  # different requests that are held to find those that repeat
 
 
 def register(app: typer.Typer) -> None:
@@ -44,10 +45,11 @@ def check(
 ) -> None:
     """Read a dataset's file whole: how many cases, which rows are left out, and why."""
     from kedit_core.records import LeftOut
-    from kedit_core.request import EditCase
+    from kedit_core.request import EditCase, repeats
 
     found: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    asked: Counter[tuple[str, str]] = Counter()
     left: list[LeftOut] = []
     for item in read_dataset(discover(), name, path)[1]:
         if isinstance(item, LeftOut):
@@ -57,8 +59,12 @@ def check(
             kinds.update(f"{p.kind}/{p.name}".rstrip("/") for p in item.probes)
             found["requests"] += len(item.requests)
             found["requests without a subject"] += sum(r.subject is None for r in item.requests)
+            if len(asked) < COMPARED:
+                asked.update((r.text, r.target_new) for r in item.requests)
         else:
             found["probes"] += 1
+    several = repeats(asked)
+    found.update({what: len(texts) for what, texts in several.items()})
     malformed = [item for item in left if item.malformed]
     if as_json:
         printing.echo_json(
@@ -78,6 +84,8 @@ def check(
             typer.echo(str(item), err=True)
         if len(left) > SHOWN:
             typer.echo(f"… and {len(left) - SHOWN} more; --json has them all.", err=True)
+        for what, texts in several.items():
+            typer.echo(f"{what}: {len(texts)}, first {texts[0]!r}", err=True)
     if malformed:
         raise DataError(f"{len(malformed)} of the rows are malformed.")
     if not found["cases"] and not found["probes"]:

@@ -42,6 +42,9 @@ def edit(
     ] = None,
     subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
+    ground_truth: Annotated[
+        list[str] | None, typer.Option(help="A former answer; some methods need it. Repeatable.")
+    ] = None,
     rephrase: Annotated[list[str] | None, typer.Option(help="Another way to ask.")] = None,
     requests: Annotated[Path | None, typer.Option(help="YAML, JSON or JSONL of requests.")] = None,
     preset: options.Preset = None,
@@ -67,15 +70,20 @@ def edit(
     """Write facts into a model and show what changed."""
     catalog = discover()
     spec = catalog.method(method)
-    facts = _requests(prompt, subject, target, requests) if spec.writes_facts else []
-    if not spec.writes_facts and (rephrase or requests or batch is not None):
+    facts = _requests(prompt, subject, target, ground_truth, requests) if spec.writes_facts else []
+    if not spec.writes_facts and (rephrase or requests or ground_truth or batch is not None):
         raise RequestError(
-            f"{spec.name} writes no facts, so it takes no --requests, --rephrase and --batch. Give "
-            f"--prompt to see an answer."
+            f"{spec.name} writes no facts, so it takes no --requests, --rephrase, --ground-truth "
+            f"and --batch. Give --prompt to see an answer."
         )
     if overlay and spec.effect != "weights":
         raise SettingError(f"{spec.name} changes no weights, so it needs no --overlay.")
     wanted = options.check_settings(catalog, spec, model, preset, hparams, settings)
+    for fact in facts:
+        if reason := spec.refusal(fact):
+            lacks_subject = "subject" in spec.needs and fact.subject is None
+            key = "subject" if lacks_subject else "ground_truth"
+            raise RequestError(f"{reason} Give --{key.replace('_', '-')}, or `{key}` in the file.")
     if batch is not None and (save is None or edits is not None):
         raise PatchError("--batch saves each step: give --save DIR, and no --edits.")
     if save is not None and save.exists() and save != edits and batch is None:
@@ -278,17 +286,22 @@ def export(
 
 
 def _requests(
-    prompt: str | None, subject: str | None, target: str | None, file: Path | None
+    prompt: str | None,
+    subject: str | None,
+    target: str | None,
+    ground_truth: list[str] | None,
+    file: Path | None,
 ) -> list[EditRequest]:
     from kedit_core.request import EditRequest, read_requests
 
     if file is not None:
-        if prompt or subject or target:
+        if prompt or subject or target or ground_truth:
             raise RequestError("Give --requests FILE, or one fact by --prompt and --target.")
         return read_requests(file)
     if prompt is None or target is None:
         raise RequestError("Give --prompt, --subject and --target, or --requests FILE.")
-    return [EditRequest(prompt=prompt, subject=subject, target_new=target)]
+    known = tuple(ground_truth or ())
+    return [EditRequest(prompt=prompt, subject=subject, target_new=target, ground_truth=known)]
 
 
 def _read(folder: Path) -> SavedStack:

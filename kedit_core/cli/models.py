@@ -11,7 +11,7 @@ import typer
 from kedit_core.cli import options
 from kedit_core.cli.data import read_dataset
 from kedit_core.cli.printing import echo_json, table
-from kedit_core.cli.trace import check_causal, facts_of, trace_facts
+from kedit_core.cli.trace import check_causal, facts_of, trace_facts, with_error
 from kedit_core.errors import RequestError
 from kedit_core.plugins import Catalog, discover
 from kedit_core.spec import MethodSpec
@@ -117,7 +117,10 @@ def inspect(
     rows = [(s["method"], s["preset"], s["layers"], s["source"]) for s in suited]
     typer.echo("\n" + table(rows, ("method", "preset that suits", "layers", "source")))
     if traced:
-        found = [(e["layer"], f"{e['effect']:.3f} ± {e['error']:.3f}") for e in traced["layers"]]
+        found = [
+            (e["layer"], with_error(e["effect"], e["error"], traced["facts"]))
+            for e in traced["layers"]
+        ]
         typer.echo("\n" + table(found, ("layer", "effect of MLPs at the last subject token")))
         typer.echo(
             f"Average of {traced['facts']} facts, 95 % interval. Where a fact is found does "

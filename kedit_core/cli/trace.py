@@ -213,9 +213,10 @@ def _tell_averages(
         for found in averages:
             best = found.strongest(place, 1)[0]
             mean, error = float(found.effects[number, best]), float(found.errors[number, best])
-            row += [f"{mean:.3f} ± {error:.3f}", str(best)] if first.counts[number] else ["–", "–"]
+            count = first.counts[number]
+            row += [with_error(mean, error, count), str(best)] if count else ["–", "–"]
         rows.append(row)
-    header = [name for found in averages for name in (found.kind, "layer")]
+    header = [name for found in averages for name in (f"{found.kind} ± 95 %", "layer")]
     typer.echo(table(rows, ["place", "facts", *header]))
     for prompt in first.left_out:
         typer.echo(f"Left out, since the model does not answer as expected: {prompt}", err=True)
@@ -224,6 +225,11 @@ def _tell_averages(
         f"indirect effect with its 95 % interval, and its layer.",
         err=True,
     )
+
+
+def with_error(mean: float, error: float, facts: int) -> str:
+    """A mean with half of its interval; of one fact there is none."""
+    return f"{mean:.3f}" + f" ± {error:.3f}" * (facts > 1)
 
 
 def _as_data(results: Sequence[TraceResult]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +44,6 @@ class FactRows:
         Raises:
             RequestError: a fact is too long for the model.
         """
-        warn_of_conflicts(job.requests)
         contexts = context_texts(job, hparams.contexts)
         facts = cls.after(job, [contexts] * len(job.requests), hparams.fact_token)
         for request, row in zip(job.requests, facts.clean, strict=True):
@@ -102,21 +100,6 @@ def essence_row(host: ModelHost, request: EditRequest, fact_token: FactToken) ->
     essence = EditRequest(prompt="{} is a", subject=request.subject, target_new="person")
     mark = fact_position(host, essence, fact_token)
     return Row(encode(host, essence.text).ids, mark=mark)
-
-
-def warn_of_conflicts(requests: Sequence[EditRequest]) -> None:
-    """Tell of requests that stand twice in a batch, and of prompts with two targets.
-
-    Both are solved together, so that the targets share what the prompt can say.
-    """
-    targets: dict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
-    for request in requests:
-        targets[request.text, request.subject][request.target_new] += 1
-    for (text, _), counts in targets.items():
-        if len(counts) > 1:
-            log.warning("%r has %d targets in one batch; none is reached.", text, len(counts))
-        elif counts.total() > 1:
-            log.warning("%r stands %d times in one batch.", text, counts.total())
 
 
 def mean_keys(

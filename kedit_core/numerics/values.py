@@ -22,6 +22,8 @@ from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.progress import progress
 from kedit_core.tokens import Row
 
+VALUES = "values"  # the kind of artifact that keeps targets
+
 
 @dataclass(frozen=True)
 class ValueTask:
@@ -143,7 +145,7 @@ def target_values(
         common["penalty"] = [type(penalty).__name__, asdict(cast(Any, penalty))]
     keys = [{**common, "task": _content(task)} for task in tasks]
     is_kept = not job.is_edited and all(task.start is None for task in tasks)
-    stored = [job.artifacts.get("values", key) if is_kept else None for key in keys]
+    stored = [job.artifacts.get(VALUES, key) if is_kept else None for key in keys]
     found = {n: _unpacked(tensors) for n, tensors in enumerate(stored) if tensors is not None}
     missing = [n for n in range(len(tasks)) if n not in found]
     if missing:
@@ -155,7 +157,7 @@ def target_values(
             packed = _packed(value)
             found[n] = _unpacked(packed)  # as it will be found, in the last digit too
             if is_kept:
-                job.artifacts.put("values", keys[n], packed)
+                job.artifacts.put(VALUES, keys[n], packed)
     return [found[n] for n in range(len(tasks))]
 
 

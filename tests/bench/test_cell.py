@@ -24,6 +24,7 @@ from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
 from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditJob, EditSession, ModuleSwap, Patch
 from kedit_core.errors import DataError, EditError, SettingError
+from kedit_core.numerics.values import VALUES
 from kedit_core.plugins import discover
 from tests.bench.fakes import LAST, PICKY, WHERE, OnlyTheLast, cell, scorer, toy_cases
 
@@ -517,6 +518,35 @@ def test_time_is_the_median_of_edits_that_did_not_fail(session, tmp_path):
     made.journal.append(lines[4])
     result = write_result(tmp_path, {}, cases, made.scorer)
     assert (result["cases"], result["seconds_per_edit"], result["seconds"]) == (5, 2, 7)
+
+
+class KeepsTargets(OnlyTheLast):
+    """Finds what an earlier edit of the same fact made."""
+
+    def edit(self, job: EditJob) -> Patch:
+        for request in job.requests:
+            key = {"text": request.text}
+            if job.artifacts.get(VALUES, key) is None:
+                job.artifacts.put(VALUES, key, {"delta": torch.zeros(1)})
+        return super().edit(job)
+
+
+def test_edits_that_take_kept_targets_are_counted_and_do_not_tell_how_long_an_edit_takes(
+    session, tmp_path
+):
+    cases = toy_cases(3, session.host)
+    spec = replace(LAST, method=KeepsTargets)
+    results = []
+    for number, asked in enumerate((cases[:2], cases[:2], cases)):
+        made = cell(tmp_path / str(number), "single", spec)
+        made.run(session, Asker(session), asked)
+        results.append(write_result(tmp_path / str(number), {}, asked, made.scorer))
+
+    assert [r["kept_targets"] for r in results] == [0, 2, 2]
+    assert [r["seconds_per_edit"] is None for r in results] == [False, True, False]
+    (own,) = (line for line in made.journal.lines() if not line["kept_targets"])
+    assert own["n"] == 2
+    assert results[2]["seconds"] == own["seconds"]
 
 
 @pytest.mark.parametrize(

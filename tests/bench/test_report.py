@@ -8,10 +8,12 @@ from kedit_bench.report import (
     OTHER_CASES,
     cases_note,
     effort_rows,
+    identity_rows,
     notes,
     plots,
     retention,
     score_rows,
+    unscored_notes,
 )
 
 
@@ -213,3 +215,18 @@ def test_values_that_are_in_no_mean_are_told():
     assert found["Flags"] == [
         "`b`: efficacy/nll@1 [hop], final: the mean leaves out 3 values that are no finite numbers."
     ]
+
+
+def test_metrics_that_no_method_has_a_score_of_are_told_by_the_kind_of_their_probes():
+    kinds = {"locality@1": "locality", "hops@1": "portability", "steps@1": "portability"}
+    without = result("a", unscored=kinds)
+
+    assert unscored_notes([without, result("b", *told(4, 4))]) == [
+        "hops@1, steps@1: no case has a probe of kind portability that can be scored."
+    ]
+
+
+def test_a_run_of_an_earlier_version_may_have_no_metric():
+    run = SimpleNamespace(identity={"model": "m", "metrics": [], "data": None})
+
+    assert dict(identity_rows(run)) == {"model": "m", "metrics": ""}

@@ -1,6 +1,7 @@
 """Means are taken over scores of one protocol, by hand-computed examples."""
 
 import math
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -19,6 +20,7 @@ from kedit_bench.scoring import (
 )
 from kedit_core.errors import DataError, SettingError, UnknownNameError
 from kedit_core.plugins import discover
+from kedit_core.protocols import CaseScore
 from kedit_core.request import Probe
 from kedit_core.spec import DatasetSpec
 from tests.bench.asked import case, perfect
@@ -158,6 +160,23 @@ def test_a_figure_counts_the_cases_of_the_part_that_it_is_made_of():
     assert counted["hops.perplexity"] == counted["hops"] == (1, 1)
 
 
+@pytest.mark.parametrize("returned", [1.0, None, {"": 1.0}, [CaseScore(1.0)]])
+def test_a_metric_that_returns_no_scores_is_one_sentence(returned):
+    class Wrong:
+        def questions(self, case):
+            return []
+
+        def score(self, case, before, after):
+            return returned
+
+    (chosen,) = scorer("efficacy/greedy@1").chosen
+    wrong = Scorer([replace(chosen, name="mine@1", metric=Wrong())], WHERE)
+
+    says = f"The metric mine@1 returned {returned!r}; score() must return a mapping from parts"
+    with pytest.raises(DataError, match=re.escape(says)):
+        wrong.unchanged(case(), {})
+
+
 def test_metrics_are_chosen_by_name_pattern_dataset_or_default():
     catalog = discover()
     names = [c.name for c in choose_metrics(catalog, ["efficacy/greedy*"])]
@@ -183,6 +202,7 @@ def test_settings_are_part_of_a_metrics_name():
     [
         ("eficacy/greedy@1", UnknownNameError, "Did you mean 'efficacy/greedy@1'"),
         ("nothing/*", UnknownNameError, "No metric is called like 'nothing/\\*'"),
+        ("side-effects/perp*", SettingError, "No metric is left of side-effects/perp"),
         ("fluency/ngram-entropy@1:lenght=4", SettingError, "Did you mean 'length'"),
         ("side-effects/perplexity@1", SettingError, "needs the setting 'text'"),
     ],

@@ -132,6 +132,25 @@ def test_malformed_rows_are_all_shown_first_and_make_the_check_fail(capsys, tmp_
     assert err == "kedit: 2 of the rows are malformed.\n"
 
 
+def test_requests_that_stand_twice_or_contradict_are_counted(capsys, tmp_path):
+    wanted = [("Peru", "Oslo"), ("Peru", "Oslo"), ("Peru", "Lima"), ("Chile", "Oslo")]
+    rows = [{"prompt": f"Capital of {of}:", "target_new": new} for of, new in wanted]
+    file = written(tmp_path, *rows)
+
+    code, out, err = check(capsys, "jsonl", file)
+
+    assert code == 0
+    assert cells(out)["requests that stand several times"] == "1"
+    assert cells(out)["prompts with several targets"] == "1"
+    assert err.splitlines() == [
+        "requests that stand several times: 1, first 'Capital of Peru:'",
+        "prompts with several targets: 1, first 'Capital of Peru:'",
+    ]
+
+    found = json.loads(check(capsys, "jsonl", file, "--json")[1])
+    assert found["prompts with several targets"] == 1
+
+
 def test_long_lists_of_rows_are_cut_for_people_only(capsys, tmp_path):
     file = written(tmp_path, ROW, *[{**ROW, "alt": ""}] * (data.SHOWN + 3))
 
@@ -181,7 +200,9 @@ def test_a_file_that_is_cut_off_is_refused_with_its_line(capsys, tmp_path):
     code, out, err = check(capsys, "zsre", file, "--json")
 
     assert (code, out) == (2, "")
-    assert err == f"kedit: {file}, line 5: the file ends in the middle. Download it again.\n"
+    assert (
+        err == f"kedit: {file}, line 5: the file ends in the middle. Download or write it again.\n"
+    )
 
 
 class Asked:

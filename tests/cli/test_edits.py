@@ -182,6 +182,39 @@ def test_a_method_that_writes_no_facts_shows_an_answer(kedit, model, tmp_path, m
     assert kedit("stack", "show", tmp_path / "s")[0] == 0
 
 
+def test_former_answers_reach_the_request(kedit, model, tmp_path):
+    fact, saved = toy_facts()[0], tmp_path / "edits"
+    known = ["--ground-truth", fact.answer, "--ground-truth", "another"]
+    code, _, err = kedit(*edit_arguments(model, fact, "ft-m"), *known, "--save", saved)
+    assert code == 0, err
+    (patch,) = json.loads(kedit("stack", "show", saved, "--json")[1])["patches"]
+    assert patch["requests"][0]["ground_truth"] == [fact.answer, "another"]
+
+
+@pytest.mark.parametrize(
+    ("command", "goes_on"),
+    [
+        ("edit --method ft-m --prompt x --target y --batch 1 --save DIR/edits", True),
+        ("edit --method ft-m --prompt x --target y --save DIR/edits", False),
+        ("eval --method ft-m --dataset starter --out=DIR/results", True),
+        ("eval --method ft-m --dataset starter", False),
+        ("prepare --method rome --preset toy", True),
+        ("ask x", False),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(
+    kedit, model, tmp_path, monkeypatch, command, goes_on
+):
+    def load(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kedit_core.editing.ModelHost.load", load)
+    words = command.replace("DIR", str(tmp_path)).split()
+    then = " The same command goes on where it was." * goes_on
+    preset = SETTINGS if "ft-m" in words else []
+    assert kedit(*words, *preset, "--model", model) == (130, "", f"kedit: Stopped.{then}\n")
+
+
 def test_what_cannot_work_is_refused_before_weights_are_read(kedit, model, tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("weights are read")

@@ -1,5 +1,7 @@
 """`kedit eval` on a toy: tables, regimes, going on after a kill, other metrics afterwards."""
 
+import csv
+import importlib.metadata
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -123,6 +126,37 @@ def test_the_same_command_goes_on_and_another_one_is_refused(kedit, asked, tmp_p
     assert "its seed is 0, and 1 is asked for" in err
 
 
+def test_other_metrics_are_told_by_what_they_add_and_lack(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    common = [*asked[: -len(METRICS)], "--method", "ft-m", "--limit", 1, "--out", out]
+    assert kedit(*common, *METRICS)[0] == 0
+
+    assert kedit(*common, *METRICS[2:], *METRICS[:2])[0] == 0  # in another order
+    code, _, err = kedit(*common, *METRICS[:2], "--metric", "fluency/ngram-entropy@1")
+    assert code == 2
+    assert (
+        "its metrics are others: the command adds fluency/ngram-entropy@1 and lacks "
+        "locality-agreement/greedy@1. Choose another --out."
+    ) in err
+
+
+def test_a_run_says_when_and_with_what_kedit_it_was_begun(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    same = [*asked, "--method", "ft-m", "--limit", 1, "--out", out]
+    assert kedit(*same)[0] == 0
+    noted = json.loads((out / "run.json").read_text())
+    assert noted["kedit"] == importlib.metadata.version("kedit")
+    assert abs(datetime.now().astimezone() - datetime.fromisoformat(noted["begun"])).days == 0
+
+    earlier = {**noted, "kedit": "0.0.1", "begun": "2001-02-03T04:05:06+00:00"}
+    (out / "run.json").write_text(json.dumps(earlier))
+    assert kedit(*same)[0] == 0  # another version, another day
+    assert json.loads((out / "run.json").read_text()) == earlier
+    report = (out / "report.md").read_text()
+    assert "| kedit | 0.0.1 |" in report
+    assert "| begun | 2001-02-03T04:05:06+00:00 |" in report
+
+
 def test_the_device_and_the_libraries_belong_to_a_run_if_it_noted_them(kedit, asked, tmp_path):
     out = tmp_path / "run"
     same = [*asked, "--method", "ft-m", "--limit", 1, "--out", out]
@@ -199,9 +233,114 @@ def test_metrics_are_computed_from_what_was_kept(kedit, asked, tmp_path):
     again = kedit("eval", "rescore", out, "--metric", "efficacy/all-tokens@1", "--json")
     assert json.loads(again[1])["results"] == [result]
 
-    code, _, err = kedit("eval", "rescore", out, "--metric", "fluency/*")
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ("fluency/*", "fluency/ngram-entropy@1"),
+        ("efficacy/greedy@1", "efficacy/greedy@1"),
+        ("side-effects/weight-change@1", "side-effects/weight-change@1"),
+    ],
+)
+def test_a_metric_whose_answers_were_not_kept_is_named(wanted, named, kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m", "--limit", 1, "--out", out)[0] == 0
+    before = (out / "ft-m" / "result.json").read_bytes()
+
+    code, _, err = kedit("eval", "rescore", out, "--metric", wanted)
+
     assert code == 2
-    assert "does not hold the answer" in err
+    assert f"does not hold the answers that {named} needs" in err
+    assert "another --out" in err
+    assert (out / "ft-m" / "result.json").read_bytes() == before
+
+
+def test_of_a_pattern_the_metrics_are_computed_whose_answers_were_kept(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m", "--limit", 1, "--out", out)[0] == 0
+
+    code, printed, err = kedit("eval", "rescore", out, "--metric", "efficacy/*", "--json")
+    assert code == 0, err
+    (result,) = json.loads(printed)["results"]
+    assert {"efficacy/all-tokens@1", "efficacy/rank@1"} <= scores(result, "immediate").keys()
+    (told,) = (line for line in err.splitlines() if "holds no answers for" in line)
+    assert all(name in told for name in ("efficacy/greedy@1", "efficacy/with-stop@1"))
+    assert "efficacy/rank@1" not in told
+    assert "efficacy/greedy@1" not in scores(result, "immediate")
+
+    both = ["--metric", "efficacy/*", "--metric", "efficacy/greedy@1"]
+    code, _, err = kedit("eval", "rescore", out, *both)
+    assert code == 2
+    assert "that efficacy/greedy@1 needs" in err
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_scores_of_each_case_are_a_table_that_rescoring_adds_to(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m:steps=1", "--limit", 4, "--out", out)[0] == 0
+    file = out / "ft-m-steps=1" / "scores.csv"
+    before = rows_of(file)
+
+    for row in before:
+        assert list(row) == ["case", "moment", "metric", "part", "value", "probes"]
+    for moment in ("unedited", "immediate"):
+        own = [r for r in before if (r["metric"], r["moment"]) == (METRICS[1], moment)]
+        assert [r["case"] for r in own] == ["0", "1", "2", "3"]
+        result = json.loads((file.parent / "result.json").read_text())
+        assert sum(float(r["value"]) for r in own) / 4 == scores(result, moment)[METRICS[1]]
+
+    for _ in range(2):  # the second time it takes the place of the first
+        code, _, err = kedit("eval", "rescore", out, "--metric", "efficacy/all-tokens@1")
+        assert code == 0, err
+        after = rows_of(file)
+        assert after[: len(before)] == before
+        added = [(row["metric"], row["case"], row["moment"]) for row in after[len(before) :]]
+        moments = [(str(n), moment) for n in range(4) for moment in ("unedited", "immediate")]
+        assert added == [("efficacy/all-tokens@1", *own) for own in moments]
+
+
+def test_a_method_that_cannot_be_evaluated_does_not_stop_the_others(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    both = ["--method", "qlora", "--method", "ft-m", "--limit", 1, "--out", out]
+    code, printed, err = kedit(*asked, *both)
+
+    assert code == 1
+    assert printed.splitlines()[0].split() == ["metric", "moment", "unedited", "ft-m"]
+    assert "| ft-m |" in (out / "report.md").read_text()
+    assert err.splitlines()[-1].startswith("qlora was not evaluated: qlora works on 4-bit weights")
+
+    code, printed, err = kedit(*asked, "--method", "qlora", "--limit", 1, "--out", out)
+    assert (code, printed) == (2, "")
+    assert err.startswith("kedit: qlora works on 4-bit weights")
+
+
+def test_where_no_method_can_be_evaluated_each_says_why(kedit, asked, tmp_path):
+    two = ["--method", "qlora", "--method", "qlora:rank=2", "--limit", 1]
+    code, printed, err = kedit(*asked, *two, "--out", tmp_path / "run")
+
+    assert (code, printed) == (1, "")
+    assert err.count("was not evaluated: qlora works on") == 2
+    assert not (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_metric_without_any_probe_is_told(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    further = ["--metric", "portability/greedy@1", "--metric", "portability/nll@1"]
+    code, _, err = kedit(*asked, *further, "--method", "ft-m", "--limit", 1, "--out", out)
+
+    told = (
+        "portability/greedy@1, portability/nll@1: no case has a probe of kind portability that "
+        "can be scored."
+    )
+    assert code == 0
+    assert told in err.splitlines()
+    assert f"- {told}" in (out / "report.md").read_text().splitlines()
+    assert told in (out / "report.html").read_text()
+    assert told in kedit("eval", "rescore", out, "--metric", METRICS[1])[2].splitlines()
 
 
 def test_a_method_that_was_not_evaluated_to_the_end_is_not_rescored(kedit, asked, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import kedit_core
 from kedit_core.cli import main
 
 LIGHT = ["list-methods", "list-datasets", "list-metrics", "list-models", "plugins"]
@@ -66,6 +67,12 @@ def test_methods_are_listed_as_json_for_programs(capsys):
         ),
         ("--method rome --prompt x --subject s --target y", "is not in the prompt"),
         ("--method rome --prompt sxs --subject s --target y", "stands 2 times in the prompt"),
+        (
+            "--method kn --prompt {}x --subject s --target y",
+            "former answer to 'sx'. Give --ground-truth, or `ground_truth` in the file.",
+        ),
+        ("--method rome --prompt x --target y", "Give --subject, or `subject` in the file."),
+        ("--method dola --prompt x --ground-truth y", "takes no --requests, --rephrase, --ground-"),
         ("--method rome --prompt x", "Give --prompt, --subject and --target"),
     ],
 )
@@ -85,6 +92,10 @@ def test_a_model_that_is_not_known_is_answered_with_the_nearest(capsys):
     )
     assert code == 2
     assert "Did you mean 'smollm2-135m'?" in err
+
+
+def test_the_version_is_shown(capsys):
+    assert run(capsys, "--version") == (0, f"kedit {kedit_core.__version__}\n", "")
 
 
 def test_an_unknown_command_is_wrong_use(capsys):

@@ -93,12 +93,25 @@ def test_facts_of_a_file_are_averaged(kedit, model, requests, tmp_path):
     assert code == 0, err
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == list(causal.PLACES)
     assert err.count("Left out") == 1
+    assert out.splitlines()[0].split("  ")[-3].strip() == "attn ± 95 %"
+    told = {line.split("  ")[0]: line for line in out.splitlines()[1:]}
+    assert told["last subject token"].count("±") == 3
     assert figure.read_bytes().startswith(b"\x89PNG")
 
     data = json.loads(kedit(*command, "--json", "--kind", "attn")[1])
     assert len(data["facts"]) == 4
     assert len(data["left_out"]) == 1
     assert data["averages"]["attn"]["places"]["last subject token"]["facts"] == 3
+
+
+def test_one_fact_of_a_file_has_no_interval(kedit, model, requests, tmp_path):
+    requests.write_text(requests.read_text("utf-8").splitlines()[0], "utf-8")
+    command = ["trace", "--model", model, "--requests", requests, *QUICK, "--kind", "mlp"]
+
+    code, out, err = kedit(*command, "--out", tmp_path / "fact.png")
+
+    assert code == 0, err
+    assert "±" not in "".join(out.splitlines()[1:])
 
 
 @pytest.mark.parametrize(

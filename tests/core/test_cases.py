@@ -65,6 +65,11 @@ def test_an_unknown_format_is_compared_with_the_nearest(tmp_path):
     )
 
 
+def test_an_unknown_format_without_a_near_name_says_what_the_file_has(tmp_path):
+    with pytest.raises(DataError, match=r"lacks 'target'\. The file has: case_id, prompt\.$"):
+        read(tmp_path, {"prompt": "x", "case_id": 1})
+
+
 def test_a_record_without_keys_has_no_format(tmp_path):
     with pytest.raises(DataError, match=r"lacks 'prompt', 'target'\. It is empty\."):
         read(tmp_path, {})

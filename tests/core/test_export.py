@@ -353,16 +353,16 @@ def _path(host: ModelHost) -> str:
 
 
 REFUSED = [
-    ("hf", lambda h: shift_patch(h, _path(h)), "Edit 2 .* no change of its weight matrix"),
-    ("hf", lambda h: preface_patch("Lo! "), "Edit 2 .*'preface'.* no checkpoint can hold"),
-    ("hf", lambda h: bias_patch(h, 3), "Edit 2 .*'token-bias'.* no checkpoint can hold"),
-    ("peft", lambda h: shift_patch(h, _path(h)), "Edit 2 .* no LoRA adapter .* no change of its"),
-    ("peft", lambda h: preface_patch("Lo! "), "Edit 2 .*'preface'.* no adapter can hold"),
-    ("peft", dense_patch, "Edit 2 .*dense.*--to hf"),
+    ("hf", lambda h: shift_patch(h, _path(h)), "Edit 1 .* no change of its weight matrix"),
+    ("hf", lambda h: preface_patch("Lo! "), "Edit 1 .*'preface'.* no checkpoint can hold"),
+    ("hf", lambda h: bias_patch(h, 3), "Edit 1 .*'token-bias'.* no checkpoint can hold"),
+    ("peft", lambda h: shift_patch(h, _path(h)), "Edit 1 .* no LoRA adapter .* no change of its"),
+    ("peft", lambda h: preface_patch("Lo! "), "Edit 1 .*'preface'.* no adapter can hold"),
+    ("peft", dense_patch, "Edit 1 .*dense.*--to hf"),
     (
         "peft",
         lambda h: Patch("by-hand", (random_delta(h, Site(f"{h.anatomy.embedding}.weight")),)),
-        "Edit 2 .*no linear layer.*--to hf",
+        "Edit 1 .*no linear layer.*--to hf",
     ),
 ]
 

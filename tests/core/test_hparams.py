@@ -229,6 +229,8 @@ def test_scientific_notation_is_a_number_everywhere(odd, tmp_path, text, value):
         ({"steps": 2.5}, "Setting 'steps' = 2.5 of odd (set): input should be a valid integer"),
         ({"key": "men"}, "Setting 'key' = 'men' of odd (set): input should be 'mean' or 'plain'."),
         ({"layers": [1, "x"]}, "Setting 'layers' = 'x' of odd (set): input should be a valid int"),
+        ({"layers": 3}, "Setting 'layers' = 3 of odd (set): input should be a list; write [3]."),
+        ({"layers": "3,4"}, "Setting 'layers' = '3,4' of odd (set): input should be a list; write"),
         ({"stps": 3}, "Unknown setting 'stps' of odd (set). Did you mean 'steps'?"),
         ({"zzz": 3}, "Unknown setting 'zzz' of odd (set). Known: bound, key, layer"),
     ],

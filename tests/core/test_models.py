@@ -110,6 +110,14 @@ def test_unknown_name_is_answered_with_the_nearest(catalog):
         check("tiny1m", catalog)
 
 
+def test_the_short_name_of_a_hub_model_is_answered_with_the_form_of_an_id(catalog):
+    with pytest.raises(UnknownNameError) as caught:
+        check("gpt2-xl", catalog)
+    assert str(caught.value).endswith(
+        "'gpt2-xl' is no folder either, and a hub id has the form owner/name."
+    )
+
+
 def test_first_party_model_that_is_missing_is_answered_with_its_package(catalog):
     with pytest.raises(UnknownNameError, match="pip install kedit-smollm2"):
         check("smollm2-135m", catalog)

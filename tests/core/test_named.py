@@ -57,6 +57,8 @@ def make(request, monkeypatch):
     return made
 
 
+NESTED = {"a": "[[1,2],[3]]", "b": "{c: [4,5], d: 6}", "e": "7"}
+
 # -- taking apart ------------------------------------------------------------------------------
 
 
@@ -71,6 +73,11 @@ def make(request, monkeypatch):
         ("jsonl:file=C:/x=y.json", "jsonl", {"file": "C:/x=y.json"}),
         ("jsonl:prompt=", "jsonl", {"prompt": ""}),
         ("efficacy/greedy@1:a=b", "efficacy/greedy@1", {"a": "b"}),
+        ("ft-m:layers=[20,21],n=5", "ft-m", {"layers": "[20,21]", "n": "5"}),
+        ("x:a=[[1,2],[3]],b={c: [4,5], d: 6},e=7", "x", NESTED),
+        ("x:a='b,c',d=\"e, f=g\"", "x", {"a": "'b,c'", "d": '"e, f=g"'}),
+        ("x:a=who's,b=what's", "x", {"a": "who's", "b": "what's"}),
+        ("x:a=[1,b=2", "x", {"a": "[1", "b": "2"}),
     ],
 )
 def test_a_name_is_parted_from_its_settings(text, name, given):
@@ -107,6 +114,10 @@ def test_a_text_stays_one_whatever_it_looks_like(make, text):
     found = make(column=text, also=text)
 
     assert (found.column, found.also) == (text, text)
+
+
+def test_quotes_keep_a_comma_in_a_text(make):
+    assert make(**split_named("x:column='a,b',also=c'")[1]) == Adapter("a,b", also="c'")
 
 
 @pytest.mark.parametrize("text", ["2024-13-45", "[a", "{", "!odd x", "="])

@@ -323,6 +323,19 @@ def test_nearest_name_may_be_one_that_is_not_installed(alone):
         discover().method("rmoe")
 
 
+def test_unknown_name_tells_which_plugins_do_not_work(alone):
+    broken = ModuleType("broken")
+    broken.kedit_register_methods = hookimpl(lambda: 1 / 0, specname="kedit_register_methods")
+    catalog = discover(extra=[("cap", broken), ("odd", _methods("odd", "odd-method"))])
+
+    with pytest.raises(UnknownNameError) as caught:
+        catalog.method("od-method")
+    assert str(caught.value) == (
+        "There is no method 'od-method'. Did you mean 'odd-method'? Plugins that do not work: cap "
+        "(see `kedit plugins`)."
+    )
+
+
 def test_name_of_another_kind_is_unknown(alone):
     catalog = discover(extra=[("odd", _methods("odd", "odd-method"))])
 

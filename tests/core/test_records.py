@@ -242,7 +242,7 @@ def test_an_array_that_is_cut_off_anywhere_is_said_to_be_with_its_last_line(chun
 
         line = 1 + content[:length].count(b"\n")
         assert sentence.startswith(f"line {line}: {CUT}"), content[:length]
-        assert sentence.endswith(". Download it again.")
+        assert sentence.endswith(". Download or write it again.")
 
 
 def test_lines_that_are_cut_off_give_the_rows_before(chunk, tmp_path):
@@ -328,7 +328,7 @@ def test_the_pointer_of_a_large_file_is_told_from_the_file(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b" \n\t\r\n", codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\n"])
 def test_an_empty_file_is_refused(content, tmp_path):
-    assert problem(tmp_path, content) == "line 1: the file is empty. Download it again."
+    assert problem(tmp_path, content) == "line 1: the file is empty. Download or write it again."
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_another_encoding_is_shown_by_its_line(content, line, tmp_path):
 def test_a_file_cut_off_inside_a_character_is_not_said_to_be_in_another_encoding(tmp_path):
     sentence = problem(tmp_path, '{"a": 1}\n{"a": "東'.encode()[:-1])
 
-    assert sentence == f"line 2: {CUT} of a character. Download it again."
+    assert sentence == f"line 2: {CUT} of a character. Download or write it again."
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,8 @@ def test_a_file_cut_off_inside_a_character_is_not_said_to_be_in_another_encoding
         ('"a"a,b\n1,2\n', 1, "no table ("),
         ("only words\nin lines\n", 1, "neither JSON nor a table with a header"),
         ("42\n", 1, "neither JSON nor a table with a header"),
+        ("a;b\n1;2\n", 1, "the columns are parted by ';', not by commas"),
+        ("a\tb\n1\t2\n", 1, "the columns are parted by tabs, not by commas"),
     ],
 )
 def test_what_is_no_table_is_shown_by_its_line(text, line, reason, tmp_path):

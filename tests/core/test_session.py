@@ -709,6 +709,7 @@ def test_compare_shows_answers_without_and_with_the_edits(session):
     assert [c.prompt for c in found] == PROMPTS
     assert [c.before for c in found] == plain
     assert {c.after for c in found} == {" Bern Bern Bern"}
+    assert session.compare(PROMPTS[0], max_new_tokens=3) == found[:1]
 
 
 class Settings(HyperParams):
@@ -798,6 +799,14 @@ def test_requests_that_lack_what_a_method_needs_are_refused_before_it_runs(sessi
     with pytest.raises(RequestError, match="nothing to edit"):
         session.edit(random_method(), [])
     assert not session.is_edited
+
+
+@pytest.mark.parametrize("given", ["Snow is", {"prompt": "Snow is"}, ["Snow is"], [None]])
+def test_what_is_no_request_is_refused_with_what_to_give(session, given):
+    shown = given[0] if isinstance(given, list) else given
+    with pytest.raises(RequestError) as caught:
+        session.edit("ft-m", given, hparams=FT)
+    assert str(caught.value).startswith(f"{shown!r} is no edit request. Give EditRequest(prompt=")
 
 
 def test_a_misspelt_keyword_is_not_swallowed(session):
@@ -917,7 +926,7 @@ def test_edits_of_other_weights_are_refused_unless_forced(toy_host, tmp_path):
     other = EditSession(toy_host("llama", torch.bfloat16))
     before = bits(other.model)
 
-    with pytest.raises(PatchError, match="other weights"):
+    with pytest.raises(PatchError, match=r"other weights .* give --force, in Python force=True"):
         other.load(tmp_path / "edits")
     assert same(bits(other.model), before)
     assert not other.is_edited

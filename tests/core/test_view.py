@@ -237,6 +237,14 @@ def test_what_does_not_fit_the_model_is_refused(toy_host, toy):
     assert isinstance(view.greedy(fits, max_new_tokens=5), str)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "targets"), [("p", "t"), (["p"], "t"), ("p", ["t"]), (["p", "q"], ["t"])]
+)
+def test_scores_are_asked_for_with_one_target_for_each_prompt(toy_host, prompts, targets):
+    with pytest.raises(RequestError, match=r"score\(\[prompt\], \[target\]\)"):
+        ModelView(toy_host("gpt2")).score(prompts, targets)
+
+
 class Early(Middleware):
     """Answers with what the head makes of the stream that enters block 2."""
 

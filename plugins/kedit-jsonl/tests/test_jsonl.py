@@ -1,6 +1,7 @@
 """A user's own file becomes cases, whatever its columns are called."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_a_subject_that_is_not_in_the_prompt_is_kept_beside_it(tmp_path):
     [
         ({"prompt": "qestion"}, r"line 2: .*lacks 'qestion'\. Did you mean 'question'\?$"),
         ({"rephrase": "rephrase"}, r"line 2: .*lacks 'rephrase'\."),  # named, so it must exist
-        ({"target_new": "goal"}, r"line 2: .*lacks 'goal'\. Known: about, answer, former, near,"),
+        ({"target_new": "goal"}, r"line 2: .*lacks 'goal'\. The file has: about, answer, former,"),
     ],
 )
 def test_a_column_that_is_not_there_is_refused_with_the_nearest(named, message):
@@ -142,6 +143,27 @@ def test_a_column_that_was_not_named_may_be_missing():
     case = next(Jsonl(**named).cases(FILES / "edits.csv"))
 
     assert (case.request.subject, case.probes) == (None, ())
+
+
+def test_columns_that_are_not_read_are_told_once(tmp_path, caplog):
+    file = tmp_path / "own.jsonl"
+    record = {"question": "a", "target_new": "b", "rephrse": "c", "prompt": "d", "zzz": 1}
+    file.write_text(f"{json.dumps(record)}\n" * 2 + json.dumps(record | {"localty": "e"}), "utf-8")
+
+    with caplog.at_level(logging.WARNING):
+        assert len(list(Jsonl(prompt="question").cases(file))) == 3
+
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}, line 1: columns that are not read: 'rephrse' (did you mean 'rephrase'?), "
+        f"'prompt', 'zzz'.",
+        f"{file}, line 3: columns that are not read: 'localty' (did you mean 'locality'?).",
+    ]
+
+
+def test_where_every_column_is_read_nothing_is_told(tmp_path, caplog):
+    only_case(tmp_path, rephrase=["d"], id="x")
+
+    assert not caplog.records
 
 
 def test_a_later_record_without_a_named_column_is_malformed(tmp_path):

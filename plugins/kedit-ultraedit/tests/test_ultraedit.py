@@ -286,8 +286,8 @@ def test_requests_that_share_a_prompt_are_told(session, caplog):
 
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        f"{wanted[0].text!r} stands 2 times in one batch.",
-        f"{wanted[1].text!r} has 2 targets in one batch; none is reached.",
+        f"Requests that stand several times in one batch: 1, first {wanted[0].text!r}.",
+        f"Prompts with several targets in one batch: 1, first {wanted[1].text!r}.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from kedit_core import (
@@ -16,6 +17,9 @@ from kedit_core import (
     read_cases,
     request_of,
 )
+from kedit_core.errors import nearest
+
+log = logging.getLogger(__name__)
 
 
 class Jsonl:
@@ -79,13 +83,30 @@ class Jsonl:
         )
 
     def cases(self, source: Source | None = None) -> Iterator[EditCase | LeftOut]:
-        """Yield the cases of a file.
+        """Yield the cases of a file; tells of its columns that are not read.
 
         Raises:
             DataError: the file cannot be read, or lacks a column that it must have.
         """
         assert source is not None, "the spec says that a path is needed"
-        yield from read_cases(source, [Format("the columns asked for", self.needed, self._case)])
+        known = set(self.columns.values())
+
+        def case_of(row: Row) -> EditCase:
+            if unread := [column for column in row.value if column not in known]:
+                known.update(unread)
+                log.warning(
+                    "%s, line %d: columns that are not read: %s.",
+                    row.file,
+                    row.line,
+                    ", ".join(map(self._unread, unread)),
+                )
+            return self._case(row)
+
+        yield from read_cases(source, [Format("the columns asked for", self.needed, case_of)])
+
+    def _unread(self, column: str) -> str:
+        meant = nearest(column, self.columns.values())
+        return f"'{column}'" + (f" (did you mean '{meant}'?)" if meant else "")
 
     def _case(self, row: Row) -> EditCase:
         if missing := sorted(self.needed - row.value.keys()):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError, SiteError
-from kedit_core.numerics.facts import warn_of_conflicts
 from kedit_core.numerics.solve import condition_of
 from kedit_core.tokens import join
 from kedit_ultraedit.flow import Flow, flows
@@ -37,7 +36,6 @@ class UltraEdit:
                 little to normalise by.
         """
         host, hparams = job.host, self.hparams
-        warn_of_conflicts(job.requests)
         sites = chosen_sites(host, hparams.matrices)
         rows = [join(host, request.text, request.target_new) for request in job.requests]
         found, loss = flows(host, sites, rows, hparams.positions, hparams.batch_tokens)

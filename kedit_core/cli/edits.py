@@ -10,6 +10,7 @@ import typer
 from kedit_core.cli import options
 from kedit_core.cli.printing import echo_json, shorten, table
 from kedit_core.errors import PatchError, RequestError, SettingError
+from kedit_core.measure import begins_with, folded
 from kedit_core.plugins import discover
 
 if TYPE_CHECKING:
@@ -152,6 +153,9 @@ def edit(
     where = f"; saved in {save}" if save else "; not saved (add --save DIR)"
     what = f"{len(facts) - done} edit(s)" if spec.writes_facts else "in force"
     typer.echo(f"{spec.name}: {what} in {seconds:.1f} s{where}.", err=True)
+    leads = [new["leads"] for new in after if new["leads"] is not None]
+    if leads:
+        typer.echo(f"{sum(leads)} of {len(leads)} answers begin with their target.", err=True)
     if session.unseen_effects():
         typer.echo(
             "It acts on prompts or logits: `kedit ask`, `kedit eval` and `session.view()` show it; "
@@ -321,7 +325,8 @@ def _done(folder: Path, method: str) -> int:
 
 
 def _answers(session: EditSession, questions: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    """The greedy answer to each prompt, and the probability of its target if it has one."""
+    """The greedy answer to each prompt; and of its target, if it has one, the probability and
+    whether the answer begins with it, None where too little is written to tell."""
     import math
 
     view = session.view()
@@ -332,6 +337,14 @@ def _answers(session: EditSession, questions: list[tuple[str, str | None]]) -> l
         {
             "text": text,
             "probability": None if target is None else math.exp(sum(next(scores).logprobs)),
+            "leads": None if target is None else _leads(target, text),
         }
         for text, (_, target) in zip(texts, questions, strict=True)
     ]
+
+
+def _leads(target: str, text: str) -> bool | None:
+    """Whether an answer begins with a target; None where it is only the target's beginning."""
+    written, wanted = folded(text).strip(), folded(target).strip()
+    is_cut = len(written) < len(wanted) and wanted.startswith(written)
+    return None if is_cut else begins_with(text, target)

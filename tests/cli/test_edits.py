@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from kedit_core.cli import main
+from kedit_core.cli.edits import _leads
 from kedit_core.corpus import Corpus
 from kedit_core.editing import ModelHost
 from kedit_core.numerics.stats import collect
@@ -92,6 +93,33 @@ def test_a_requests_file_edits_all_of_its_facts(kedit, model, tmp_path):
     answers = json.loads(out)["answers"]
     assert [a["target"] for a in answers] == [first.target_new, second.target_new]
     assert all(a["after"]["text"].strip().startswith(a["target"]) for a in answers)
+    assert [(a["before"]["leads"], a["after"]["leads"]) for a in answers] == [(False, True)] * 2
+
+
+def test_an_edit_that_does_not_write_its_fact_says_so(kedit, model, tmp_path):
+    first, second = toy_facts()[:2]
+    facts = [
+        {"prompt": first.prompt, "subject": first.subject, "target_new": first.target_new},
+        # The model goes on as before: after so small a step nothing has changed.
+        {"prompt": second.prompt, "subject": second.subject, "target_new": second.answer},
+        {"prompt": first.prompt, "subject": first.subject, "target_new": "Rome, " * 30},
+    ]
+    (tmp_path / "facts.yaml").write_text(yaml.safe_dump(facts), "utf-8")
+    still = ["--set", "lr=1e-12", "--set", "steps=1", "--set", "layers=[1]"]
+    asked = ["edit", "--model", model, "--method", "ft-m", "--requests", tmp_path / "facts.yaml"]
+
+    code, _, err = kedit(*asked, *still)
+
+    assert code == 0, err
+    assert "1 of 3 answers begin with their target." in err
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "leads"),
+    [("Rome", " Rome is", True), ("Rome", " Paris", False), ("New Haven", " New", None)],
+)
+def test_an_answer_that_ends_inside_its_target_tells_nothing(target, text, leads):
+    assert _leads(target, text) is leads
 
 
 def test_edits_one_by_one_are_saved_each_and_go_on(kedit, model, tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -316,13 +318,23 @@ def _result(run: _Run, check: Check, layout: str, expected: Mapping[str, str]) -
         outcome, message = "failed", (str(problem).splitlines() or ["it fails"])[0]
     except Exception as problem:
         # Foreign code: whatever it raises is what the check found.
-        outcome, message = "failed", f"{type(problem).__name__}: {problem}"
+        outcome = "failed"
+        message = f"{type(problem).__name__}: {problem} ({_where(problem, run.spec.target)})"
     reason = _reason(expected, check, layout)
     if reason is not None and outcome == "failed":
         outcome, message = "xfailed", reason
     elif reason is not None and outcome == "passed":
         outcome, message = "xpassed", f"it passes, though expected to fail: {reason}"
     return Result(check.name, layout, outcome, time.perf_counter() - started, message)
+
+
+def _where(problem: Exception, target: str) -> str:
+    """File and line of the last call in the method's own package, or else of the last of all."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    package = target.partition(":")[0].partition(".")[0]
+    own = [frame for frame in frames if package in Path(frame.filename).parts]
+    last = (own or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 @contextlib.contextmanager

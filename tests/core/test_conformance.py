@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import subprocess
 import sys
@@ -240,6 +241,12 @@ class BreaksOnTheToys(Bias):
         raise SiteError("There is no such layer.")
 
 
+class BreaksInTorch(Bias):
+    def edit(self, job: EditJob) -> Patch:
+        torch.nn.Linear(2, 2)(torch.ones(3))
+        raise AssertionError
+
+
 def spec_of(cls: type, **fields: Any) -> MethodSpec:
     settings = ToyHyperParams if issubclass(cls, Insert) else NoHyperParams
     given = {
@@ -428,6 +435,20 @@ def test_no_other_error_is_taken_for_a_refusal(cls):
     )
 
     assert [result.outcome for result in report.results] == ["failed"]
+
+
+def test_an_error_is_told_with_the_line_of_the_method_that_led_to_it():
+    report = run_checks(
+        spec_of(BreaksInTorch, effect="calls"),
+        {},
+        layouts=("gpt2",),
+        only=("second_edit_takes_effect",),
+    )
+
+    line = inspect.getsourcelines(BreaksInTorch.edit)[1] + 1
+    (message,) = (result.message for result in report.results)
+    assert message.startswith("RuntimeError: ")
+    assert message.endswith(f" (test_conformance.py:{line})")
 
 
 def test_the_table_names_each_check_and_each_failure():

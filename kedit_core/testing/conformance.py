@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -330,11 +331,15 @@ def _result(run: _Run, check: Check, layout: str, expected: Mapping[str, str]) -
 
 def _where(problem: Exception, target: str) -> str:
     """File and line of the last call in the method's own package, or else of the last of all."""
-    frames = traceback.extract_tb(problem.__traceback__)
+    calls = list(traceback.walk_tb(problem.__traceback__))
     package = target.partition(":")[0].partition(".")[0]
-    own = [frame for frame in frames if package in Path(frame.filename).parts]
-    last = (own or frames)[-1]
-    return f"{Path(last.filename).name}:{last.lineno}"
+    own = [call for call in calls if _package_of(call[0]) == package]
+    frame, line = (own or calls)[-1]
+    return f"{Path(frame.f_code.co_filename).name}:{line}"
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 @contextlib.contextmanager

@@ -346,5 +346,5 @@ def _answers(session: EditSession, questions: list[tuple[str, str | None]]) -> l
 def _leads(target: str, text: str) -> bool | None:
     """Whether an answer begins with a target; None where it is only the target's beginning."""
     written, wanted = folded(text).strip(), folded(target).strip()
-    is_cut = len(written) < len(wanted) and wanted.startswith(written)
+    is_cut = 0 < len(written) < len(wanted) and wanted.startswith(written)
     return None if is_cut else begins_with(text, target)

@@ -1,4 +1,4 @@
-"""`kedit eval` and `kedit eval rescore`."""
+"""`kedit eval`, `kedit eval rescore` and `kedit eval compare`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -16,10 +16,16 @@ from kedit_bench.journal import only_one
 from kedit_bench.regime import Regime
 from kedit_bench.results import read_result, results_of, scorer_of, write_result
 from kedit_bench.run import Run, digest_of, with_probes
-from kedit_bench.scoring import Chosen, MissingAnswerError, choose_metrics
+from kedit_bench.scoring import UNEDITED, Chosen, MissingAnswerError, choose_metrics
 from kedit_core.cli import options, printing
 from kedit_core.cli.data import read_dataset
-from kedit_core.errors import DataError, KEditError, SettingError
+from kedit_core.errors import (
+    DataError,
+    KEditError,
+    SettingError,
+    UnknownNameError,
+    did_you_mean,
+)
 from kedit_core.hookspecs import CellFinished
 from kedit_core.named import split_named
 from kedit_core.plugins import Catalog, discover
@@ -219,6 +225,35 @@ def rescore(
     if as_json:
         return printing.echo_json({"run": identity, "results": results})
     _show(results)
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="What --out of `kedit eval` was.")],
+    to: Annotated[
+        str, typer.Option(help="A method of the evaluation, as it is named there; or unedited.")
+    ] = UNEDITED,
+    as_json: options.Json = False,
+) -> None:
+    """Show how far methods differ, case by case, with 95 % intervals.
+
+    A difference is taken over the cases that both have.  Of a sequence, the scores right after
+    each edit and at the end are compared.
+    """
+    run = Run(folder)
+    cells = {str(r["label"]): c for c in run.cells() if (r := read_result(c)) is not None}
+    if to not in (UNEDITED, *cells):
+        raise UnknownNameError(f"{folder} has no scores of '{to}'. {did_you_mean(to, cells)}")
+    from kedit_bench.paired import differences
+
+    found = list(differences(cells, to))
+    if as_json:
+        return printing.echo_json([asdict(difference) for difference in found])
+    from kedit_bench.report import difference_rows
+
+    header, rows = difference_rows(found)
+    typer.echo(f"Difference to {to}, with its 95 % interval (cases)")
+    typer.echo(printing.table(rows, header))
 
 
 def _rescored(run: Run, cell: Path, chosen: Sequence[Chosen]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from kedit_bench.paired import Difference
 from kedit_bench.results import ages_of, undefined_note, undefined_of
 from kedit_bench.run import Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED
@@ -44,9 +45,8 @@ def score_rows(results: Sequence[Result]) -> Table:
         for s in result["scores"]
         if s["protocol"]["moment"] in (IMMEDIATE, FINAL)
     )
-    metrics = list(dict.fromkeys(metric for metric, _, _ in keys))
     rows = []
-    for metric, part, moment in sorted(keys, key=lambda key: (metrics.index(key[0]), key[1] != "")):
+    for metric, part, moment in _headlines_first(keys):
         if part and _is_the_headline_again(results, metric, part):
             continue
         name = f"{metric} [{part}]" if part else metric
@@ -55,6 +55,35 @@ def score_rows(results: Sequence[Result]) -> Table:
         first = _shown(unedited, error=False, cases=len(_numbers([unedited, *means])) > 1)
         rows.append((name, moment, first, *map(_shown, means)))
     return header, rows
+
+
+def difference_rows(found: Sequence[Difference]) -> Table:
+    """Header and rows: metric and part, moment, then each method's difference [95 %] (n).
+
+    Rows stand as in `score_rows`; parts that say what their headline says are left out.
+    """
+    labels = list(dict.fromkeys(d.label for d in found))
+    shown: dict[tuple[str, str, str], dict[str, str]] = {}
+    for d in found:
+        text = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] ({d.cases})"
+        shown.setdefault((d.metric, d.part, d.moment), {})[d.label] = text
+    rows: list[Row] = [
+        (
+            f"{metric} [{part}]" if part else metric,
+            moment,
+            *(shown[metric, part, moment].get(label, "–") for label in labels),
+        )
+        for metric, part, moment in _headlines_first(shown)
+        if not part or shown[metric, part, moment] != shown.get((metric, "", moment))
+    ]
+    return ("metric", "moment", *labels), rows
+
+
+def _headlines_first(keys: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Metric, part and moment: a metric's together, its headline before its parts."""
+    listed = list(keys)
+    metrics = list(dict.fromkeys(metric for metric, _, _ in listed))
+    return sorted(listed, key=lambda key: (metrics.index(key[0]), key[1] != ""))
 
 
 def cases_note(results: Sequence[Result]) -> str:

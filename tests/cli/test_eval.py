@@ -303,6 +303,56 @@ def test_scores_of_each_case_are_a_table_that_rescoring_adds_to(kedit, asked, tm
         assert added == [("efficacy/all-tokens@1", *own) for own in moments]
 
 
+def test_methods_are_compared_case_by_case(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    methods = ["--method", "ft-m", "--method", "ft-m:steps=1"]
+    assert kedit(*asked, *methods, "--out", out)[0] == 0
+    code, printed, err = kedit("eval", "compare", out, "--to", "ft-m:steps=1", "--json")
+
+    assert code == 0, err
+    found = {(d["metric"], d["part"]): d for d in json.loads(printed)}
+    difference = found[METRICS[1], ""]
+    values = [
+        [float(r["value"]) for r in rows_of(out / name / "scores.csv") if is_headline(r)]
+        for name in ("ft-m", "ft-m-steps=1")
+    ]
+    moved = [a - b for a, b in zip(*values, strict=True)]
+    assert difference["label"] == "ft-m"
+    assert difference["cases"] == len(moved) == 8
+    assert difference["mean"] == pytest.approx(sum(moved) / 8)
+    assert min(moved) <= difference["low"] < difference["mean"] < difference["high"] <= max(moved)
+
+
+def is_headline(row: dict[str, str]) -> bool:
+    return (row["metric"], row["part"], row["moment"]) == (METRICS[1], "", "immediate")
+
+
+def test_methods_are_compared_with_the_unedited_model(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    kedit(*asked, "--method", "ft-m", "--method", "ft-l", "--regime", "sequential", "--out", out)
+    code, printed, err = kedit("eval", "compare", out)
+
+    assert code == 0, err
+    first, header, *rows = printed.splitlines()
+    assert first.startswith("Difference to unedited")
+    assert header.split() == ["metric", "moment", "ft-l", "ft-m"]
+    assert {tuple(row.split()[:2]) for row in rows} >= {
+        (METRICS[1], "immediate"),
+        (METRICS[1], "final"),
+    }
+
+
+def test_what_cannot_be_compared_is_told(kedit, asked, tmp_path):
+    out = tmp_path / "run"
+    assert kedit(*asked, "--method", "ft-m", "--limit", 2, "--out", out)[0] == 0
+
+    code, _, err = kedit("eval", "compare", out, "--to", "ft")
+    assert (code, "Did you mean 'ft-m'?" in err) == (2, True)
+    (out / "ft-m" / "scores.csv").unlink()
+    code, _, err = kedit("eval", "compare", out)
+    assert (code, f"kedit eval rescore {out}" in err) == (2, True)
+
+
 def test_a_method_that_cannot_be_evaluated_does_not_stop_the_others(kedit, asked, tmp_path):
     out = tmp_path / "run"
     both = ["--method", "qlora", "--method", "ft-m", "--limit", 1, "--out", out]

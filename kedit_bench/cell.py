@@ -6,6 +6,7 @@ and other metrics can be computed from what was kept.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +15,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kedit_bench.effort import Effort, measured
 from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
-from kedit_bench.run import Cases
-from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED, Measurement, Scorer
+from kedit_bench.run import ANSWERS, STEPS, Cases
+from kedit_bench.scoring import (
+    FINAL,
+    IMMEDIATE,
+    UNEDITED,
+    Measurement,
+    MetricError,
+    MissingAnswerError,
+    Scorer,
+)
 from kedit_bench.unedited import Asker
 from kedit_core.ask import (
     Answer,
@@ -29,7 +40,7 @@ from kedit_core.ask import (
     question_to_json,
 )
 from kedit_core.editing import EditSession
-from kedit_core.errors import EditError, RequestError
+from kedit_core.errors import EditError, KEditError, ModelError, RequestError, reason_of
 from kedit_core.hookspecs import CaseMeasured
 from kedit_core.hparams import HyperParams
 from kedit_core.numerics.values import VALUES
@@ -41,7 +52,6 @@ from kedit_core.stack import SavedStack, read_stack, write_stack
 log = logging.getLogger(__name__)
 
 _CHUNK = 16  # cases whose questions are asked together
-ANSWERS, STEPS = "answers.jsonl", "steps"
 
 Numbered = tuple[int, EditCase]
 
@@ -117,6 +127,8 @@ class Cell:
             KEditError: what an edit raises, but for requests that the method refuses and questions
                 that cannot be asked (the case is left out, and the others of its step go on) and
                 for edits that fail (the model is scored as it was before them).
+            ModelError: memory runs out.
+            MetricError: the model as a whole cannot be measured before the first edit.
         """
         done = _Done(self.journal)
         done.append(self.journal, self._figures(session, done, UNEDITED))
@@ -131,10 +143,12 @@ class Cell:
 
     def _prepare(self, session: EditSession, done: _Done) -> None:
         """Make what the method makes once, before the first edit, so that no edit's time has it."""
-        if done.begun or not isinstance(self.spec.load()(self.hparams), Preparable):
+        if done.begun:
             return
         try:
-            with measured(session.host.device) as effort:
+            with editing(self.spec), measured(session.host.device) as effort:
+                if not isinstance(self.spec.load()(self.hparams), Preparable):
+                    return
                 session.prepare(self.spec, hparams=self.hparams)
         except EditError as error:  # as each edit will say
             log.warning("%s cannot be prepared: %s", self.spec.name, error)
@@ -178,11 +192,11 @@ class Cell:
         kept = session.artifacts.found[VALUES]
         while fit:
             try:
-                with measured(session.host.device) as effort:
+                with editing(self.spec), measured(session.host.device) as effort:
                     session.edit(self.spec, _requests(fit), hparams=self.hparams)
             except EditError as error:
                 failure = str(error)
-                log.warning("%s failed, and the model is as before: %s", self.spec.name, failure)
+                log.warning("%s failed, which counts as no edit: %s", self.spec.name, failure)
             except RequestError as error:
                 left_out |= self._refused(session, fit, error)
                 fit = [(n, case) for n, case in fit if n not in left_out]
@@ -219,9 +233,10 @@ class Cell:
         """Tell observers the scores of a step's cases; without any, nothing is computed."""
         hook = "kedit_case_measured"
         for case in made.cases if session.catalog.has_observers(hook) else ():
-            scored = self.scorer.score(case, made.before, made.after, IMMEDIATE)
-            scores = {_label(m): m.value for m in scored}
-            session.catalog.notify(hook, CaseMeasured(self.spec.name, case, scores))
+            with contextlib.suppress(MetricError, MissingAnswerError):  # told with the result
+                scored = self.scorer.score(case, made.before, made.after, IMMEDIATE)
+                scores = {_label(m): m.value for m in scored}
+                session.catalog.notify(hook, CaseMeasured(self.spec.name, case, scores))
 
     def _refusal(self, n: int, case: EditCase, unedited: _Said) -> str:
         """Why a case is not edited: the method does not take it, or it cannot be asked about."""
@@ -235,7 +250,8 @@ class Cell:
         found = {}
         for n, case in cases if len(cases) > 1 else ():
             try:
-                with session.trial(self.spec, case.requests, hparams=self.hparams):
+                trial = session.trial(self.spec, case.requests, hparams=self.hparams)
+                with editing(self.spec), trial:
                     pass
             except RequestError as own:
                 found[n] = str(own)
@@ -327,13 +343,14 @@ class Cell:
         self, session: EditSession, done: _Done, moment: str, n: int | None = None
     ) -> list[dict[str, Any]]:
         """The journal's line about the model as it is; none where it is there or not asked for."""
-        wanted = self.scorer.of_models()
-        if not wanted or (n, moment) in done.figures:
+        if not self.scorer.of_models() or (n, moment) in done.figures:
             return []
         found = {
-            chosen.name: {part: number_to_json(v) for part, v in metric.measure(session).items()}
-            for chosen, metric in wanted
+            name: {part: number_to_json(value) for part, value in figures.items()}
+            for name, figures in self.scorer.measure(session).items()
         }
+        if moment == UNEDITED and self.scorer.broken:  # nothing is lost yet
+            raise next(iter(self.scorer.broken.values()))
         return [{"figures": found, "moment": moment, "case": n}]
 
     # -- questions ------------------------------------------------------------------------------
@@ -430,6 +447,28 @@ class _Done:
             self.left_out.add(line["n"])
         else:
             self.answered.add((line["n"], line["moment"]))
+
+
+@contextlib.contextmanager
+def editing(spec: MethodSpec) -> Iterator[None]:
+    """Where a method's code runs: what it raises is an edit that failed.
+
+    Raises:
+        EditError: names the exception.
+        ModelError: memory ran out, and where there is more the edit may not fail.
+    """
+    try:
+        yield
+    except KEditError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(
+            f"{spec.name} ran out of memory ({reason_of(error)}). Where there is more, the same "
+            f"command goes on from here."
+        ) from error
+    except Exception as error:
+        log.debug("%s", spec.name, exc_info=True)
+        raise EditError(f"{type(error).__name__}: {reason_of(error)}") from error
 
 
 def _left_out(reasons: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -6,19 +6,18 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from kedit_bench.journal import only_one
+from kedit_bench.journal import Journal, only_one
 from kedit_bench.regime import Regime
-from kedit_bench.results import read_result, results_of, scorer_of, write_result
+from kedit_bench.results import broken_of, read_result, results_of, scorer_of, write_result
 from kedit_bench.run import Run, digest_of, with_probes
 from kedit_bench.scoring import UNEDITED, Chosen, MissingAnswerError, choose_metrics
 from kedit_core.cli import options, printing
-from kedit_core.cli.data import read_dataset
 from kedit_core.errors import (
     DataError,
     KEditError,
@@ -27,12 +26,14 @@ from kedit_core.errors import (
     did_you_mean,
 )
 from kedit_core.hookspecs import CellFinished
-from kedit_core.named import split_named
+from kedit_core.named import read_dataset, split_named
 from kedit_core.plugins import Catalog, discover
 from kedit_core.records import checked
+from kedit_core.request import EditCase, Probe
 from kedit_core.spec import MethodSpec
 
 if TYPE_CHECKING:
+    from kedit_bench.unedited import Asker
     from kedit_core.editing import EditSession
 
 app = typer.Typer(add_completion=False)
@@ -107,7 +108,7 @@ def evaluate(
 ) -> None:
     """Score methods on a dataset, side by side with the unedited model.
 
-    A method that cannot be evaluated does not stop the others.
+    Neither a method that cannot be evaluated nor a metric that fails stops the others.
     """
     if context.invoked_subcommand is not None:
         return
@@ -117,14 +118,13 @@ def evaluate(
     catalog = discover()
     wanted = _methods(catalog, method or [], model, preset, hparams, settings)
     how = Regime.parse(regime)
-    spec, _ = read_dataset(catalog, dataset, data)  # a wrong name or path is told at once
+    spec, items = read_dataset(catalog, dataset, data)  # a wrong name or path is told at once
     if spec.holds != "cases":
         raise SettingError(
             f"'{dataset}' is a dataset of {spec.holds}, and there is nothing to edit in it. Give "
             f"it with --probes, besides a --dataset of cases."
         )
-    for pair in probes or []:
-        _probes(catalog, pair)
+    further = [_probes(catalog, pair) for pair in probes or []]
     chosen = choose_metrics(catalog, metric or [], spec)
 
     session = options.open_session(
@@ -136,7 +136,7 @@ def evaluate(
         seed=seed,
         corpus=corpus,
     )
-    from kedit_bench.unedited import Asker
+    from kedit_bench.unedited import Asker, SpoiltModelError
 
     asker = Asker(session)
     with contextlib.ExitStack() as stack:
@@ -160,9 +160,9 @@ def evaluate(
             "seed": seed,
             "corpus": corpus,
         }
-        found = cast(Any, checked(cast(Any, read_dataset(catalog, dataset, data)[1])))
-        for pair in probes or []:
-            found = with_probes(found, _probes(catalog, pair), probes_per_case)
+        found = cast(Any, checked(cast(Any, items), EditCase))
+        for listed in further:
+            found = with_probes(found, listed, probes_per_case)
         count = run.begin(identity, found, limit)
         results, failures = [], []
         for w in wanted:
@@ -174,6 +174,8 @@ def evaluate(
                 if len(wanted) == 1:
                     raise
                 failures.append(f"{w.label} was not evaluated: {error}")
+                if isinstance(error, SpoiltModelError):
+                    break
         if results:
             from kedit_bench.report import write_reports
 
@@ -188,6 +190,7 @@ def evaluate(
                 typer.echo(line, err=True)
             if out is not None:
                 typer.echo(f"Raw answers, tables and plots: {out}", err=True)
+        failures = [*_broken(results, chosen), *failures]
         for line in failures:
             typer.echo(line, err=True)
         if failures:
@@ -203,11 +206,14 @@ def rescore(
     """Compute metrics anew from kept answers; no model is needed.
 
     Scores of other metrics stay as they are.  A method that was not evaluated to the end is
-    passed over.  Of a pattern, metrics whose answers were not kept are left out.
+    passed over.  Of a pattern, and where no metric is named, those whose answers were not kept are
+    left out.
     """
     run = Run(folder)
     identity = run.identity
     chosen = choose_metrics(discover(), metric or identity["metrics"])
+    if not metric:
+        chosen = [replace(one, by_pattern=True) for one in chosen]
     with only_one(folder):
         cells = [cell for cell in run.cells() if read_result(cell) is not None]
         if not cells:
@@ -223,8 +229,14 @@ def rescore(
 
         write_reports(run, results)
     if as_json:
-        return printing.echo_json({"run": identity, "results": results})
-    _show(results)
+        printing.echo_json({"run": identity, "results": results})
+    else:
+        _show(results)
+    failures = _broken(results, chosen)
+    for line in failures:
+        typer.echo(line, err=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -310,12 +322,12 @@ def _probes(catalog: Catalog, pair: str) -> Iterator[Any]:
     spec, found = read_dataset(catalog, name, path)
     if spec.holds != "probes":
         raise SettingError(f"'{name}' is a dataset of cases. Give it with --dataset instead.")
-    return found
+    return checked(cast(Any, found), Probe)
 
 
 def _run_cell(
     session: EditSession,
-    asker: Any,
+    asker: Asker,
     run: Run,
     count: int,
     wanted: Wanted,
@@ -346,11 +358,45 @@ def _run_cell(
     folder = run.cell_folder(wanted.label, about)
     points = _checkpoints(count, identity["score_every"])
     cell = Cell(folder, wanted.spec, hparams, regime, scorer_of(identity, chosen), points)
-    with progress(count, f"{wanted.label} on {identity['dataset']}", "case") as bar:
-        cell.run(session, asker, run.cases(), bar.update)
-    result = write_result(folder, about, run.cases(), cell.scorer)
+    try:
+        with progress(count, f"{wanted.label} on {identity['dataset']}", "case") as bar:
+            cell.run(session, asker, run.cases(), bar.update)
+    except KEditError as error:
+        _check_unedited(asker, cell.journal, wanted.label, str(error))
+        raise
+    _check_unedited(asker, cell.journal, wanted.label)
+    while True:
+        try:
+            result = write_result(folder, about, run.cases(), cell.scorer)
+            break
+        except MissingAnswerError as error:  # of a metric that failed when it was to ask
+            cell.scorer.broken[error.metric] = error
     session.catalog.notify("kedit_cell_finished", CellFinished(str(folder), result))
     return result
+
+
+def _check_unedited(asker: Asker, journal: Journal, label: str, problem: str = "") -> None:
+    """Refuse to go on, and to take the journal for true, where a method has spoilt the model."""
+    from kedit_bench.unedited import SpoiltModelError
+
+    try:
+        asker.check()
+    except SpoiltModelError as error:
+        said = f"{problem or error} So {label} and what comes after it cannot be scored."
+        if journal.path.exists():
+            void = journal.path.replace(journal.path.with_name("answers.void.jsonl"))
+            said += f" Its answers may be false; they are in {void}, and nothing reads them."
+        raise SpoiltModelError(said) from None
+
+
+def _broken(results: Sequence[dict[str, Any]], chosen: Sequence[Chosen]) -> list[str]:
+    """Sentences about chosen metrics that failed, each once."""
+    said: dict[str, list[str]] = {}
+    for result in results:
+        why = broken_of(result)
+        for name in (c.name for c in chosen if c.name in why):
+            said.setdefault(why[name], []).append(result["label"])
+    return [f"{', '.join(labels)}: {why}" for why, labels in said.items()]
 
 
 def _checkpoints(count: int, every: int | None) -> frozenset[int]:
@@ -377,7 +423,8 @@ def _notes(run: Run, count: int, results: Sequence[dict[str, Any]]) -> Iterator[
             reason = next(iter(result["left_out"].values()))
             yield f"{result['label']} left out {len(result['left_out'])} cases: {reason}"
         if result["failed"]:
-            failed = len(result["failed"])
-            yield f"{result['label']} failed on {failed} cases, scored without the edit."
+            reason = next(iter(result["failed"].values()))
+            failed = f"{result['label']} failed on {len(result['failed'])} cases"
+            yield f"{failed}, scored without the edit: {reason}"
         if result["cut_prompts"]:
             yield f"{result['cut_prompts']} prompts were too long and lost their beginning."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from kedit_core.cli import options, printing
 from kedit_core.errors import EditError
 from kedit_core.plugins import discover
 from kedit_core.request import EditCase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL, METHOD, DATASET = "smollm2-135m", "rome", "starter"
 QUICK = "smollm2-135m-quick"  # the preset of that model and method, for a first look
@@ -71,16 +74,8 @@ def _prompts(case: EditCase) -> list[str]:
     return [case.request.text, *firsts]
 
 
-def _bits(model: object) -> dict[str, str]:
-    """SHA-256 of every parameter and buffer."""
-    import hashlib
+def _bits(model: PreTrainedModel) -> dict[str, bytes]:
+    """What stands for the bits of every parameter and buffer."""
+    from kedit_core.digest import bit_sums
 
-    import torch
-
-    assert isinstance(model, torch.nn.Module)
-    return {
-        name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        ).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+    return {name: bit_sums(tensor) for name, tensor in model.state_dict().items()}

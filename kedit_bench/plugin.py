@@ -12,23 +12,23 @@ PROBES = {  # quantity: kind of its probes, and what it means
     "instance": ("instance", "Instances of an edited concept are still called so"),
 }
 FORCED, GREEDY = "teacher-forced", "greedy"
-PROTOCOLS = {  # protocol: function, decoding, form, unit, better, default, how it scores
-    "teacher-forced": ("teacher_forced", FORCED, "share of answer tokens that are most probable"),
-    "all-tokens": ("all_tokens", FORCED, "all answer tokens are most probable"),
-    "with-stop": ("with_stop", FORCED, "share of answer tokens and the end token"),
-    "probability": ("probability", FORCED, "probability of the whole answer"),
-    "nll": ("likelihood", FORCED, "mean negative log-probability of its tokens, and perplexity"),
-    "rank": ("rank", FORCED, "how many tokens are more probable than its first"),
-    "greedy": ("greedy", GREEDY, "the text begins with it"),
-    "greedy-cut": ("greedy_cut", GREEDY, "the first tokens are the answer's"),
-    "greedy-exact": ("greedy_exact", GREEDY, "the text to its natural end is the answer"),
-    "greedy-contains": ("greedy_contains", GREEDY, "it stands in the text to its natural end"),
-    "greedy-f1": ("greedy_f1", GREEDY, "F1 of the words of the text to its natural end"),
-    "task-exact": ("task_exact", GREEDY, "asked as people ask: the text is the answer"),
-    "task-contains": ("task_contains", GREEDY, "asked as people ask: it stands in the text"),
-    "task-f1": ("task_f1", GREEDY, "asked as people ask: F1 of the words"),
-    "easyedit": ("easyedit", FORCED, "as EasyEdit computes token accuracy"),
-    "wild-paper": ("wild_paper", GREEDY, "as the WILD paper computes exact match"),
+PROTOCOLS = {  # protocol: decoding, and how it scores
+    "teacher-forced": (FORCED, "share of answer tokens that are most probable"),
+    "all-tokens": (FORCED, "all answer tokens are most probable"),
+    "with-stop": (FORCED, "share of answer tokens and the end token"),
+    "probability": (FORCED, "probability of the whole answer"),
+    "nll": (FORCED, "mean negative log-probability of its tokens, and perplexity"),
+    "rank": (FORCED, "how many tokens are more probable than its first"),
+    "greedy": (GREEDY, "the text begins with it"),
+    "greedy-cut": (GREEDY, "the first tokens are the answer's"),
+    "greedy-exact": (GREEDY, "the text to its natural end is the answer"),
+    "greedy-contains": (GREEDY, "it stands in the text to its natural end"),
+    "greedy-f1": (GREEDY, "F1 of the words of the text to its natural end"),
+    "task-exact": (GREEDY, "asked as people ask: the text is the answer"),
+    "task-contains": (GREEDY, "asked as people ask: it stands in the text"),
+    "task-f1": (GREEDY, "asked as people ask: F1 of the words"),
+    "easyedit": (FORCED, "as EasyEdit computes token accuracy"),
+    "wild-paper": (GREEDY, "as the WILD paper computes exact match"),
 }
 UNITS = {"nll": "nats per token", "rank": "tokens"}
 AGREEMENTS = {
@@ -46,10 +46,10 @@ def kedit_register_metrics() -> Iterable[MetricSpec]:
 
 def _of_answers() -> Iterator[MetricSpec]:
     for quantity, (kind, what) in PROBES.items():
-        for protocol, (function, decoding, how) in PROTOCOLS.items():
+        for protocol, (decoding, how) in PROTOCOLS.items():
             yield MetricSpec(
                 name=f"{quantity}/{protocol}@1",
-                target=f"kedit_bench.metrics.answers:{kind}_{function}",
+                target=f"kedit_bench.metrics.answers:{kind}_{protocol.replace('-', '_')}",
                 summary=f"{what}: {how}.",
                 unit=UNITS.get(protocol, "share"),
                 probe=kind,

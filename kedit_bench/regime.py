@@ -12,12 +12,10 @@ class Regime:
     """How many cases are edited together, and whether edits stay while others follow.
 
     Attributes:
-        name: as it is written on the command line.
         size: cases that are edited in one step.
         keeps: whether a step's edits stay in force for the steps after it.
     """
 
-    name: str
     size: int = 1
     keeps: bool = False
 
@@ -31,11 +29,11 @@ class Regime:
         word, _, number = text.partition(":")
         sized = number.isdecimal() and int(number) > 0
         if text == "single":
-            return cls(text)
+            return cls()
         if word == "sequential" and (sized or not number):
-            return cls(text, int(number or 1), keeps=True)
+            return cls(int(number or 1), keeps=True)
         if word == "batch" and sized:
-            return cls(text, int(number))
+            return cls(int(number))
         raise SettingError(
             f"There is no regime '{text}'. Known: single, batch:N, sequential, sequential:N."
         )

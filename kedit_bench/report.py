@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from kedit_bench.paired import Difference
-from kedit_bench.results import ages_of, undefined_note, undefined_of
+from kedit_bench.results import ages_of, broken_of, undefined_note, undefined_of
 from kedit_bench.run import Run
 from kedit_bench.scoring import FINAL, IMMEDIATE, UNEDITED
 from kedit_core.cli.printing import table
@@ -108,7 +108,8 @@ def unscored_notes(results: Sequence[Result]) -> list[str]:
             if metric not in scored:
                 kinds.setdefault(kind, {})[metric] = None
     return [
-        f"{', '.join(metrics)}: no case has a probe of kind {kind} that can be scored."
+        f"{', '.join(metrics)}: no case has "
+        + (f"a probe of kind {kind} that can be scored." if kind else "anything that it scores.")
         for kind, metrics in kinds.items()
     ]
 
@@ -272,7 +273,7 @@ def effort_rows(results: Sequence[Result]) -> Table:
             str(r["cases"]),
             _or_dash(r.get("preparation_seconds"), "{:.1f}"),
             _or_dash(r["seconds_per_edit"], "{:.2f}"),
-            f"{r['seconds']:.1f}",
+            _or_dash(None if r["seconds_per_edit"] is None else r["seconds"], "{:.1f}"),
             _or_dash(r["peak_host_bytes"], "{:.0f} MB", 1e-6),
             _or_dash(r["peak_device_bytes"], "{:.0f} MB", 1e-6),
             _or_dash(r.get("peak_reserved_bytes"), "{:.0f} MB", 1e-6),
@@ -327,6 +328,7 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         f"`{r['label']}`: {undefined_note(item)}" for r in results for item in undefined_of(r)
     ]
     flagged += [kept_note(r) for r in results if r.get("kept_targets")]
+    flagged += [f"`{r['label']}`: {why}" for r in results for why in broken_of(r).values()]
     flagged += unscored_notes(results)
     if flagged:
         found.append(("Flags", flagged))
@@ -336,8 +338,8 @@ def notes(run: Run, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
 def kept_note(result: Result) -> str:
     """That some of its edits do not tell how long an edit takes."""
     return (
-        f"{result['label']}: {result['kept_targets']} edits took targets that earlier ones had "
-        f"made, so their seconds do not count."
+        f"{result['label']}: {result['kept_targets']} cases were edited in steps that took targets "
+        f"kept from earlier edits, so their seconds do not count."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,13 +13,14 @@ from typing import Any
 
 from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
-from kedit_bench.run import Cases, Run
+from kedit_bench.run import ANSWERS, Cases, Run, read_json
 from kedit_bench.scoring import (
     FINAL,
     IMMEDIATE,
     Chosen,
     Mean,
     Measurement,
+    MetricError,
     MissingAnswerError,
     Protocol,
     Scorer,
@@ -33,7 +33,7 @@ from kedit_core.request import EditCase
 
 log = logging.getLogger(__name__)
 
-ANSWERS, RESULT, SCORES = "answers.jsonl", "result.json", "scores.csv"
+RESULT, SCORES = "result.json", "scores.csv"
 COLUMNS = ("case", "moment", "metric", "part", "value", "probes")
 
 Row = Callable[[int | None, Measurement], object]
@@ -49,7 +49,7 @@ class Measured:
         preparation: seconds of what was made once, before the first edit; None where the method
             makes nothing ahead, or it was not timed apart.
         seconds: of each case's edit that did not fail, and made all its targets itself.
-        kept_targets: how many edits took targets that were kept from earlier ones.
+        kept_targets: how many cases were edited in steps that took a target kept from earlier ones.
         host_bytes, device_bytes, reserved_bytes: the highest of all edits, see `Effort`; None
             where it was not measured.
         left_out: reason by number of the case.
@@ -89,6 +89,7 @@ def score_journal(
 
     Raises:
         MissingAnswerError: the journal lacks an answer that a metric needs.
+        MetricError: a metric failed.
     """
     found = Measured()
     measurements = _measurements(journal, cases, scorer, found)
@@ -121,9 +122,11 @@ def _measurements(
     for place in journal.places():
         line = journal.at(place)
         if "figures" in line:
-            figures |= line["figures"].keys()
             for chosen, _ in scorer.of_models():
-                told = line["figures"].get(chosen.name, {})
+                if chosen.name not in line["figures"]:
+                    raise MissingAnswerError(chosen.name)
+                told = line["figures"][chosen.name]
+                figures.add(chosen.name)
                 for measurement in scorer.figures(chosen, told, line["moment"]):
                     yield line["case"], measurement
         elif "preparation" in line:
@@ -205,7 +208,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Score a cell's journal, write `result.json` and `scores.csv`, and return the former.
 
-    Scores of other metrics that were written before stay in both.
+    Scores of other metrics that were written before stay in both.  A metric whose code fails is
+    passed over; the result says why.
 
     Args:
         folder: of the cell.
@@ -217,9 +221,14 @@ def write_result(
         MissingAnswerError: the journal lacks an answer that a metric needs.
         DataError: what was written before is damaged.
     """
-    anew, earlier = {chosen.name for chosen in scorer.chosen}, read_result(folder)
-    with _rows(folder / SCORES, anew) as row:
-        found = score_journal(Journal(folder / ANSWERS), cases, scorer, row)
+    earlier = read_result(folder)
+    try:
+        anew = {chosen.name for chosen in scorer.chosen} - scorer.broken.keys()
+        with _rows(folder / SCORES, anew) as row:
+            found = score_journal(Journal(folder / ANSWERS), cases, scorer, row)
+    except MetricError as error:
+        scorer.broken[error.metric] = error
+        return write_result(folder, about, cases, scorer)
     result = {**about, **_figures(found)}
     if earlier is not None:
         scores = [s for s in earlier["scores"] if s["protocol"]["metric"] not in anew]
@@ -228,8 +237,12 @@ def write_result(
         undefined = [u for u in undefined_of(earlier) if u["protocol"]["metric"] not in anew]
         result["retention"] = [*retention, *result["retention"]]
         result["undefined"] = [*undefined, *result["undefined"]]
+    before = broken_of(earlier or {})
+    result["broken"] = {name: why for name, why in before.items() if name not in anew}
+    result["broken"] |= {name: str(error) for name, error in scorer.broken.items()}
     kinds = {**(earlier or {}).get("unscored", {}), **{c.name: c.spec.probe for c in scorer.chosen}}
     seen = {item["protocol"]["metric"] for item in (*result["scores"], *result["undefined"])}
+    seen |= result["broken"].keys()
     unscored = {metric: kind for metric, kind in kinds.items() if metric not in seen}
     result["unscored"] = unscored if found.cases else {}
     write_json(folder / RESULT, result)
@@ -266,10 +279,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Remove it and try again.") from None
+    return read_json(path, "Remove it and try again.")
 
 
 def ages_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -280,6 +290,11 @@ def ages_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def undefined_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Values of a result that are in no mean; an earlier version did not count them."""
     return list(result.get("undefined", ()))
+
+
+def broken_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """Why metrics of a result have no scores; an earlier version did not tell."""
+    return dict(result.get("broken", {}))
 
 
 def undefined_note(item: Mapping[str, Any]) -> str:

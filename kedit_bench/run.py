@@ -3,7 +3,8 @@
 run.json          what is evaluated; the same command goes on with the same folder
 cases.jsonl       the cases, in order
 left_out.jsonl    rows of the data that made no case, with reasons
-METHOD/           a cell: answers.jsonl (raw answers), scores.csv (by case), result.json (means)
+METHOD/           a cell: cell.json (what it is), answers.jsonl (raw answers), steps/ (the patches
+                  of a sequence), scores.csv (by case), result.json (means)
 report.md, report.html
 """
 
@@ -24,12 +25,14 @@ from typing import Any
 from kedit_bench.journal import Journal
 from kedit_core.errors import DataError
 from kedit_core.files import new_file, write_json
+from kedit_core.paths import expanded
 from kedit_core.records import HUB, LeftOut, hub_revision
 from kedit_core.request import EditCase, Probe
 
 RUN, CASES, LEFT_OUT = "run.json", "cases.jsonl", "left_out.jsonl"
-CELL = "cell.json"
+CELL, ANSWERS, STEPS = "cell.json", "answers.jsonl", "steps"
 FORMAT = 1
+_LONGEST = 255  # bytes of a folder's name
 
 
 class Cases:
@@ -110,10 +113,9 @@ class Run:
         Raises:
             DataError: the folder holds no run.
         """
-        try:
-            return dict(json.loads((self.folder / RUN).read_text("utf-8")))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder} holds no evaluation: {error}.") from None
+        return read_json(
+            self.folder / RUN, "Give the folder of an evaluation, or for a new one another --out."
+        )
 
     def cases(self) -> Cases:
         """The cases, in order."""
@@ -126,19 +128,24 @@ class Run:
     def cell_folder(self, label: str, identity: Mapping[str, Any]) -> Path:
         """The folder of a method's cell, new or the same as before.
 
+        Args:
+            label: the method with its settings; its folder is called like it, with a digest where
+                that is too long or another label has that name.
+            identity: what the cell is, as JSON values, `label` among them.
+
         Raises:
-            DataError: the folder has a cell of other settings.
+            DataError: the folder has a cell of other settings, or one that cannot be read.
         """
-        folder = self.folder / re.sub(r"[^\w.=+-]+", "-", label)
-        file = folder / CELL
-        if file.exists():
-            stored = json.loads(file.read_text("utf-8"))
-            if stored != json.loads(json.dumps(identity)):
-                raise DataError(
-                    f"{folder} was made with other settings of {label}. Choose another --out."
-                )
-        else:
-            write_json(file, identity)
+        name = re.sub(r"[^\w.=+-]+", "-", label)
+        folder = self.folder / name
+        if len(name.encode()) > _LONGEST or self._is_of_another(folder, label):
+            folder = self.folder / f"{name[:50]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+        if not (folder / CELL).exists():
+            write_json(folder / CELL, identity)
+        elif self.about(folder) != json.loads(json.dumps(identity)):
+            raise DataError(
+                f"{folder} was made with other settings of {label}. Choose another --out."
+            )
         return folder
 
     def cells(self) -> list[Path]:
@@ -146,8 +153,18 @@ class Run:
         return sorted(file.parent for file in self.folder.glob(f"*/{CELL}"))
 
     def about(self, cell: Path) -> dict[str, Any]:
-        """What a cell is: method, label, plugin, hparams."""
-        return dict(json.loads((cell / CELL).read_text("utf-8")))
+        """What a cell is: method, label, plugin, hparams.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return read_json(
+            cell / CELL, "Remove its folder, and the same `kedit eval` command makes it again."
+        )
+
+    def _is_of_another(self, cell: Path, label: str) -> bool:
+        """Whether the folder has a cell of another label."""
+        return (cell / CELL).exists() and self.about(cell)["label"] != label
 
     def _is_foreign(self, path: Path) -> bool:
         """Whether a file is not what a run that was killed early leaves."""
@@ -174,6 +191,18 @@ def _difference(key: str, stored: Any, wanted: Any) -> str:
     return f"its {key} are others: the command {' and '.join(told)}" if told else ""
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object in a file of a run.
+
+    Raises:
+        DataError: it cannot be read; the advice says what to do then.
+    """
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. {advice}") from None
+
+
 def digest_of(source: str | Path) -> str:
     """SHA-256 of a file, of a folder's names and files, or of a hub name and its revision.
 
@@ -182,19 +211,17 @@ def digest_of(source: str | Path) -> str:
     """
     if str(source).startswith(HUB):
         return hashlib.sha256(f"{source} {hub_revision(str(source))}".encode()).hexdigest()
-    path = Path(source)
-    digest = hashlib.sha256()
+    path = expanded(str(source))
     try:
-        if path.is_dir():
-            for inside in sorted(file for file in path.rglob("*") if file.is_file()):
-                digest.update(f"{inside.relative_to(path)} {digest_of(inside)}\n".encode())
-        else:
+        if not path.is_dir():
             with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for inside in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{inside.relative_to(path)} {digest_of(inside)}\n".encode())
+        return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}.") from None
-    return digest.hexdigest()
 
 
 def with_probes(

@@ -5,19 +5,33 @@ A score carries its protocol.  Means are taken over scores of one protocol only.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from numbers import Real
+from typing import TYPE_CHECKING
 
 from kedit_core.ask import Answers, Question
-from kedit_core.errors import DataError, SettingError, UnknownNameError
+from kedit_core.cli.printing import shorten
+from kedit_core.errors import (
+    DataError,
+    KEditError,
+    PluginError,
+    SettingError,
+    UnknownNameError,
+    reason_of,
+)
 from kedit_core.named import create, split_named
 from kedit_core.plugins import Catalog
 from kedit_core.protocols import CaseScore, Metric, ModelMetric
 from kedit_core.request import EditCase
 from kedit_core.spec import DatasetSpec, MetricSpec
+
+if TYPE_CHECKING:
+    from kedit_core.editing import EditSession
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +154,14 @@ class Chosen:
     by_pattern: bool = False
 
 
+class MetricError(PluginError):
+    """A metric's own code failed, or gave what it must not."""
+
+    def __init__(self, metric: str, problem: str) -> None:
+        self.metric = metric
+        super().__init__(f"The metric {metric} {problem}")
+
+
 class MissingAnswerError(DataError):
     """A metric needs an answer that was not kept."""
 
@@ -160,11 +182,12 @@ def choose_metrics(
 
     Raises:
         UnknownNameError, SettingError: a name or a setting is wrong, or no metric is left.
+        PluginError: what a name stands for is no metric.
     """
     names = list(wanted) or list(dataset.metrics if dataset else ())
     specs = catalog.all(MetricSpec)
     if not names:
-        return [Chosen(s.name, s, create(s, {})) for s in specs if s.default]
+        return [Chosen(s.name, s, _made(s, {})) for s in specs if s.default]
     chosen: dict[str, Chosen] = {}
     for text in names:
         name, settings = split_named(text)
@@ -178,8 +201,8 @@ def choose_metrics(
             if len(found) > 1 and settings:
                 raise SettingError(f"Give settings to one metric, not to all like '{name}'.")
             try:
-                chosen[shown] = Chosen(shown, spec, create(spec, settings), spec.name != name)
-            except SettingError as error:
+                chosen[shown] = Chosen(shown, spec, _made(spec, settings), spec.name != name)
+            except (PluginError, SettingError) as error:
                 if not found or spec.name == name:
                     raise
                 log.warning("%s is left out: %s", spec.name, error)
@@ -191,32 +214,39 @@ def choose_metrics(
     return list(chosen.values())
 
 
+def _made(spec: MetricSpec, settings: Mapping[str, str]) -> Metric | ModelMetric:
+    made = create(spec, settings)
+    if isinstance(made, Metric | ModelMetric):
+        return made
+    raise PluginError(
+        f"'{spec.name}' is no metric: '{spec.target}' has neither questions(case) and score(case, "
+        f"before, after) nor measure(session)."
+    )
+
+
 class Scorer:
     """Several metrics together.
 
     Args:
         chosen: the metrics.
         where: model, dtype, dataset and schedule of all their scores.
+
+    Attributes:
+        broken: what was wrong with metrics that are passed over, by name.
     """
 
     def __init__(self, chosen: Sequence[Chosen], where: Mapping[str, str]) -> None:
         self.chosen = list(chosen)
         self.where = dict(where)
+        self.broken: dict[str, KEditError] = {}
 
     def questions(self, case: EditCase) -> list[Question]:
         """What all metrics ask about a case, each once."""
-        asked = (q for _, metric in self._of_cases() for q in metric.questions(case))
-        return list(dict.fromkeys(asked))
+        return self._asked(lambda name, metric: _questions(name, metric, case))
 
     def followups(self, case: EditCase, answers: Answers) -> list[Question]:
         """What all metrics ask the unedited model about a model's answers, each once."""
-        asked = (
-            q
-            for _, metric in self._of_cases()
-            if hasattr(metric, "followups")
-            for q in metric.followups(case, answers)
-        )
-        return list(dict.fromkeys(asked))
+        return self._asked(lambda name, metric: _followups(name, metric, case, answers))
 
     def score(
         self, case: EditCase, before: Answers, after: Answers, moment: str
@@ -225,16 +255,23 @@ class Scorer:
 
         Raises:
             DataError: both sides are the same object; an edited model was never asked.
+            MetricError, MissingAnswerError: a metric failed, or lacks an answer.
         """
         if before is after:
             raise DataError("The answers before and after the edit are the same; nothing to score.")
         return self._scored(case, before, after, moment)
 
-    def unchanged(
-        self, case: EditCase, before: Answers, moment: str = UNEDITED
-    ) -> list[Measurement]:
+    def unchanged(self, case: EditCase, before: Answers) -> list[Measurement]:
         """The scores of the unedited model, compared with itself."""
-        return self._scored(case, before, before, moment)
+        return self._scored(case, before, before, UNEDITED)
+
+    def measure(self, session: EditSession) -> dict[str, dict[str, float]]:
+        """What each metric of the whole model finds, by its name."""
+        found = {}
+        for chosen, metric in self.of_models():
+            with self._passing_over(), _calling(chosen.name, "measure()"):
+                found[chosen.name] = _numbers(metric.measure(session))
+        return found
 
     def figures(
         self, metric: Chosen, found: Mapping[str, float | str], moment: str
@@ -258,30 +295,49 @@ class Scorer:
         return [*means, *self._combined(means)]
 
     def _of_cases(self) -> list[tuple[Chosen, Metric]]:
-        return [(c, c.metric) for c in self.chosen if isinstance(c.metric, Metric)]
+        return [(c, c.metric) for c in self._whole() if isinstance(c.metric, Metric)]
 
     def of_models(self) -> list[tuple[Chosen, ModelMetric]]:
         """The metrics of the model as a whole."""
-        return [(c, c.metric) for c in self.chosen if isinstance(c.metric, ModelMetric)]
+        return [(c, c.metric) for c in self._whole() if isinstance(c.metric, ModelMetric)]
+
+    def _whole(self) -> list[Chosen]:
+        return [chosen for chosen in self.chosen if chosen.name not in self.broken]
+
+    @contextlib.contextmanager
+    def _passing_over(self) -> Iterator[None]:
+        try:
+            yield
+        except MetricError as error:
+            log.warning("%s It is passed over.", error)
+            self.broken[error.metric] = error
+
+    def _asked(self, ask: Callable[[str, Metric], list[Question]]) -> list[Question]:
+        asked: dict[Question, None] = {}
+        for chosen, metric in self._of_cases():
+            with self._passing_over():
+                asked |= dict.fromkeys(ask(chosen.name, metric))
+        return list(asked)
 
     def _scored(
         self, case: EditCase, before: Answers, after: Answers, moment: str
     ) -> list[Measurement]:
         return [
-            Measurement(self._protocol(chosen, part, moment), score.value, score.probes)
+            Measurement(self._protocol(chosen, part, moment), float(score.value), score.probes)
             for chosen, metric in self._of_cases()
             for part, score in _scores(chosen.name, metric, case, before, after).items()
         ]
 
     def _combined(self, means: Sequence[Mean]) -> list[Mean]:
         made = []
-        for chosen in self.chosen:
+        for chosen in self._whole():
             if not hasattr(chosen.metric, "combine"):
                 continue
             ours = [m for m in means if m.protocol.metric == chosen.name]
             for moment in dict.fromkeys(m.protocol.moment for m in ours):
                 parts = {m.protocol.part: m for m in ours if m.protocol.moment == moment}
-                found = chosen.metric.combine({k: m.mean for k, m in parts.items()})
+                with _calling(chosen.name, "combine()"):
+                    found = _numbers(chosen.metric.combine({k: m.mean for k, m in parts.items()}))
                 for part, value in found.items():
                     of = _made_of(part, parts)
                     cases, probes = min(m.cases for m in of), sum(m.probes for m in of)
@@ -314,17 +370,73 @@ def _made_of(figure: str, parts: Mapping[str, Mean]) -> list[Mean]:
 def _scores(
     name: str, metric: Metric, case: EditCase, before: Answers, after: Answers
 ) -> Mapping[str, CaseScore]:
-    try:
-        scores = metric.score(case, before, after)
-    except KeyError as error:
-        if any(isinstance(lacking, Question) for lacking in error.args):
-            raise MissingAnswerError(name) from None
-        raise
+    with _calling(name, "score()", case):
+        try:
+            scores = metric.score(case, before, after)
+        except KeyError as error:
+            lacking = next((key for key in error.args if isinstance(key, Question)), None)
+            if lacking is None:
+                raise
+            if lacking in _questions(name, metric, case) or any(
+                lacking in _followups(name, metric, case, answers) for answers in (before, after)
+            ):
+                raise MissingAnswerError(name) from None
+            raise MetricError(
+                name,
+                f"looked up the answer to {lacking!r}, which it did not ask: neither questions() "
+                f"nor followups() gave it for {_shown(case)}.",
+            ) from None
     if not isinstance(scores, Mapping) or not all(
-        isinstance(score, CaseScore) for score in scores.values()
+        isinstance(score, CaseScore) and isinstance(score.value, Real) for score in scores.values()
     ):
-        raise DataError(
-            f"The metric {name} returned {scores!r}; score() must return a mapping from parts to "
-            f"CaseScore."
+        raise MetricError(
+            name,
+            f"returned {scores!r}; score() must return a mapping from parts to CaseScore, each "
+            f"with a number.",
         )
     return scores
+
+
+def _questions(name: str, metric: Metric, case: EditCase) -> list[Question]:
+    with _calling(name, "questions()", case):
+        return _only_questions(metric.questions(case))
+
+
+def _followups(name: str, metric: Metric, case: EditCase, answers: Answers) -> list[Question]:
+    if not hasattr(metric, "followups"):
+        return []
+    with _calling(name, "followups()", case):
+        return _only_questions(metric.followups(case, answers))
+
+
+def _only_questions(found: Iterable[Question]) -> list[Question]:
+    listed = list(found)
+    for question in listed:
+        if not isinstance(question, Question):
+            raise TypeError(f"{question!r} is no question")
+    return listed
+
+
+def _numbers(found: Mapping[str, float]) -> dict[str, float]:
+    if isinstance(found, Mapping) and all(isinstance(value, Real) for value in found.values()):
+        return {part: float(value) for part, value in found.items()}
+    raise TypeError(f"{found!r} is no mapping from parts to numbers")
+
+
+@contextlib.contextmanager
+def _calling(name: str, function: str, case: EditCase | None = None) -> Iterator[None]:
+    """Where a metric's code runs: whatever it raises becomes a `MetricError`."""
+    try:
+        yield
+    except (MetricError, MissingAnswerError):
+        raise
+    except Exception as error:
+        log.debug("%s in %s", name, function, exc_info=True)
+        where = f" for {_shown(case)}" if case is not None else ""
+        kind = "" if isinstance(error, KEditError) else f"{type(error).__name__}: "
+        said = f"failed in {function}{where}: {kind}{reason_of(error)}"
+        raise MetricError(name, said.rstrip(".") + ".") from error
+
+
+def _shown(case: EditCase) -> str:
+    return f"the case {shorten(case.requests[0].text, 60)!r}"

@@ -271,6 +271,7 @@ class Search:
         self, points: Iterable[Point], facts: int, until: float, best: Trial | None = None
     ) -> Iterator[Trial]:
         """Score points on the first facts; without the best one, and those beyond the budget."""
+        score: Score | None
         for point in points:
             try:
                 hparams = self.space.hparams(point)

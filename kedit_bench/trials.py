@@ -90,6 +90,7 @@ class Trials:
             with self._asker.session.trial(self._spec, requests, hparams=hparams) as outcome:
                 after = self._asker.edited(questions)
         except KEditError as error:
+            self._asker.check()
             parts = set(PARTS.values())
             scores = [{k: 0.0 if k in parts else v for k, v in s.items()} for s in unchanged]
             return {"scores": scores, "seconds": 0.0, "failed": str(error)}

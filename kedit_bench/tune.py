@@ -16,11 +16,11 @@ import yaml
 from kedit_bench.journal import Journal, only_one
 from kedit_bench.search import Found, Score, Search, Space, Trial, space_of
 from kedit_core.cli import options, printing
-from kedit_core.cli.data import read_dataset
 from kedit_core.errors import DataError, MissingSettingError, SettingError
 from kedit_core.files import new_file
 from kedit_core.hparams import parse_settings
 from kedit_core.models import check, known_config
+from kedit_core.named import read_dataset
 from kedit_core.plugins import Catalog, discover
 from kedit_core.records import checked
 from kedit_core.request import EditCase
@@ -193,7 +193,7 @@ def _cases(
         raise DataError(f"'{dataset}' is a dataset of {about.holds}, and facts are needed.")
     fit = [
         case
-        for case in checked(found)
+        for case in checked(found, EditCase)
         if isinstance(case, EditCase) and not any(map(spec.refusal, case.requests))
     ]
     if len(fit) < 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,12 +24,17 @@ from kedit_core.ask import (
 )
 from kedit_core.digest import bit_sums
 from kedit_core.editing import EditSession, ModelHost
-from kedit_core.errors import EditError
+from kedit_core.errors import EditError, PluginError
 from kedit_core.paths import cache_root
+from kedit_core.replies import Replies
 from kedit_core.writing import stop_ids
 
 _VERSION = 2  # of how questions are asked; a new one makes all kept answers void
 _AT_ONCE = 8  # distributions of the whole vocabulary that are held together
+
+
+class SpoiltModelError(PluginError):
+    """A plugin left the weights changed, so there is no unedited model any more."""
 
 
 class AnswerCache:
@@ -42,37 +46,27 @@ class AnswerCache:
     """
 
     def __init__(self, key: Mapping[str, str], root: Path | None = None) -> None:
-        folder = root if root is not None else cache_root() / "answers"
-        folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        self.path = folder / f"{name}.sqlite"
-        with self._open() as file:
-            file.execute(
-                "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT)"
-            )
-            file.execute("CREATE TABLE IF NOT EXISTS key (content TEXT PRIMARY KEY)")
-            file.execute("INSERT OR IGNORE INTO key VALUES (?)", (json.dumps(key, sort_keys=True),))
+        folder = root if root is not None else cache_root() / "answers"
+        self._kept = Replies(folder / f"{name}.sqlite")
 
     def get(self, questions: Iterable[Question]) -> dict[Question, Answer]:
-        """Those that were answered before."""
-        found: dict[Question, Answer] = {}
-        with self._open() as file:
-            for question in questions:
-                row = file.execute(
-                    "SELECT answer FROM answers WHERE question = ?", (_text(question),)
-                ).fetchone()
-                if row is not None:
-                    found[question] = answer_from_json(question, json.loads(row[0]))
-        return found
+        """Those that were answered before.
+
+        Raises:
+            ArtifactError: the file cannot be read.
+        """
+        asked = {_text(question): question for question in questions}
+        found = self._kept.get(asked).items()
+        return {asked[text]: answer_from_json(asked[text], json.loads(a)) for text, a in found}
 
     def put(self, answers: Answers) -> None:
-        """Keep answers: all of them or none."""
-        rows = [(_text(q), json.dumps(answer_to_json(a))) for q, a in answers.items()]
-        with self._open() as file:
-            file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        """Keep answers: all of them or none.
 
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60)
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        self._kept.put({_text(q): json.dumps(answer_to_json(a)) for q, a in answers.items()})
 
 
 class Asker:
@@ -87,20 +81,37 @@ class Asker:
         self.session = session
         with session.suspended():
             self.key = answer_key(session.host)
+            self._tensors = session.host.model.state_dict(keep_vars=True)
         self.weights = self.key["weights"]
         self.cache = cache or AnswerCache(self.key)
 
     def unedited(self, questions: Iterable[Question]) -> dict[Question, Answer]:
-        """Answers of the model without any edit."""
+        """Answers of the model without any edit.
+
+        Raises:
+            SpoiltModelError: something else than the session has changed the weights.
+        """
         wanted = list(dict.fromkeys(questions))
         found = self.cache.get(wanted)
         missing = [question for question in wanted if question not in found]
         if missing:
             with self.session.suspended():
+                self.check()
                 asked = self.session.view().ask(missing)
             self.cache.put(asked)
             found.update(asked)
         return {question: found[question] for question in wanted}
+
+    def check(self) -> None:
+        """Look at every bit of the weights; edits are not in force, or are suspended.
+
+        Raises:
+            SpoiltModelError: they are not those of the beginning.
+        """
+        if weights_digest(self.session.host, self._tensors) != self.weights:
+            raise SpoiltModelError(
+                "The weights are no longer those of the unedited model, though no edit is in force."
+            )
 
     def edited(self, questions: Iterable[Question]) -> dict[Question, Answer]:
         """Answers of the model with the edits in force.
@@ -145,12 +156,18 @@ def answer_key(host: ModelHost) -> dict[str, str]:
     }
 
 
-def weights_digest(host: ModelHost) -> str:
-    """A digest of every bit of the weights, made where they are."""
+def weights_digest(host: ModelHost, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """A digest of every bit of the weights, made where they are; the model's name stands for those
+    that are offloaded.
+
+    Args:
+        host: the model.
+        tensors: its weights by name, where modules of an edit may stand before them.
+    """
     digest = hashlib.sha256()
-    for name, tensor in host.model.state_dict().items():
+    for name, tensor in (tensors or host.model.state_dict()).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(bit_sums(tensor))
+        digest.update(host.name.encode() if tensor.is_meta else bit_sums(tensor))
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ class Format(Generic[Item]):
     cases: Callable[[Row], Item | Iterable[Item | LeftOut]]
 
 
-def read_cases(source: Source, formats: Sequence[Format[Item]]) -> Iterator[Item | LeftOut]:
+def read_cases(source: Source | None, formats: Sequence[Format[Item]]) -> Iterator[Item | LeftOut]:
     """The cases of a file in one of several formats, and what was left out, in the file's order.
 
     Formats whose rows make probes are read the same way.
@@ -39,6 +39,7 @@ def read_cases(source: Source, formats: Sequence[Format[Item]]) -> Iterator[Item
     Raises:
         DataError: the file cannot be read, or has none of the formats.
     """
+    assert source is not None, "the spec says that a path is needed"
     chosen: Format[Item] | None = None
     for row in read_rows(source):
         if chosen is None:
@@ -153,3 +154,19 @@ def probe(kind: str, name: str, prompt: str, expected: Iterable[str] = (), **opt
         raise UnfitRow(f"a {kind} prompt is empty")
     answers = tuple(answer.strip() for answer in expected if answer.strip())
     return Probe(kind=kind, name=name, prompt=prompt, expected=answers, options=options)
+
+
+def probe_each(
+    kind: str, name: str, prompts: Iterable[str], expected: Iterable[str] = ()
+) -> Iterator[Probe]:
+    """A probe for every prompt that is filled, all with the same accepted answers."""
+    answers = tuple(expected)
+    return (probe(kind, name, prompt, answers) for prompt in prompts if prompt.strip())
+
+
+def opinions(row: Row, key: str) -> list[str]:
+    """The opinions under a key, no repeats; `UnfitRow` where there are none."""
+    found = list(dict.fromkeys(opinion.strip() for opinion in row.answers(key)))
+    if not found:
+        raise UnfitRow(f"'{key}' has no opinion")
+    return found

@@ -282,18 +282,19 @@ class Changes:
         wrappers = [wrapper for built in self._wrappers.values() for wrapper in built]
         edited: dict[str, Tensor] = {}
         self.is_suspended = True
-        try:
-            for name, site in sites.items():
-                edited[name] = self.host.parameter(site).detach().clone()
-            self._write(sites, self._snapshots)
-            for wrapper in wrappers:
-                wrapper.passes_through = True
-            yield
-        finally:
-            self._write({n: s for n, s in sites.items() if n in edited}, edited)
-            for wrapper in wrappers:
-                wrapper.passes_through = False
-            self.is_suspended = False
+        with self.host.restoring([self.host.parameter(site) for site in sites.values()]):
+            try:
+                for name, site in sites.items():
+                    edited[name] = self.host.parameter(site).detach().clone()
+                self._write(sites, self._snapshots)
+                for wrapper in wrappers:
+                    wrapper.passes_through = True
+                yield
+            finally:
+                self._write({n: s for n, s in sites.items() if n in edited}, edited)
+                for wrapper in wrappers:
+                    wrapper.passes_through = False
+                self.is_suspended = False
 
     def _write(self, sites: Mapping[str, Site], content: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

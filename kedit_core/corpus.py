@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kedit_core.errors import ArtifactError
+from kedit_core.errors import ArtifactError, reason_of
+from kedit_core.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Corpus:
     @property
     def moment_files(self) -> list[Path]:
         """The files of second moments that stand in for text; none if there is text."""
-        path = Path(self.source)
+        path = self._path
         if path.is_file() and path.suffix == ".npz":
             return [path]
         return sorted(path.glob("*.npz")) if path.is_dir() else []
@@ -49,18 +50,22 @@ class Corpus:
         Raises:
             ArtifactError: a file of second moments is damaged.
         """
-        path = Path(self.source)
         if self.is_generated:
             return {"generated": True}
         if files := self.moment_files:
             return {"given": {file.name: moments_key(file) for file in files}}
-        if path.is_file():
+        if self._path.is_file():
             return {"file": self._digest}
         return {"dataset": self.source, "split": self.split, "column": self.column}
 
+    @property
+    def _path(self) -> Path:
+        return expanded(self.source)
+
     @cached_property
     def _digest(self) -> str:
-        return hashlib.sha256(Path(self.source).read_bytes()).hexdigest()
+        with self._path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def documents(self) -> Iterator[str]:
         """The documents of a file or dataset, in order.
@@ -68,13 +73,12 @@ class Corpus:
         Raises:
             ArtifactError: neither a readable file nor a dataset that can be loaded.
         """
-        path = Path(self.source)
         if self.moment_files:
             raise ArtifactError(
                 f"The corpus '{self.source}' holds second moments and no text. Give a text."
             )
-        if path.is_file():
-            yield from _paragraphs(path)
+        if self._path.is_file():
+            yield from _paragraphs(self._path)
             return
         try:
             import datasets
@@ -97,7 +101,7 @@ class Corpus:
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(
                 f"The corpus '{self.source}' is neither a file nor a dataset that can be loaded: "
-                f"{next(iter(str(error).splitlines()), repr(error))}"
+                f"{reason_of(error)}"
             ) from None
 
 

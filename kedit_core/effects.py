@@ -24,7 +24,7 @@ class WeightDelta:
         right: (rank, d_in), or None.
 
     Raises:
-        PatchError: the shapes do not fit each other.
+        PatchError: the shapes do not fit each other, or a factor is no tensor of floating point.
     """
 
     site: Site
@@ -39,6 +39,13 @@ class WeightDelta:
 
     def __post_init__(self) -> None:
         factors = (self.left,) if self.right is None else (self.left, self.right)
+        for factor in factors:
+            if not (isinstance(factor, Tensor) and factor.is_floating_point()):
+                kind = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
+                raise PatchError(
+                    f"The change of {self.site.parameter} is of {kind}, not a tensor of floating "
+                    f"point."
+                )
         fits = all(f.ndim == 2 for f in factors)
         if fits and self.right is not None:
             fits = self.left.shape[1] == self.right.shape[0]
@@ -145,10 +152,7 @@ class Wrapper(nn.Module):
         except AttributeError:
             if name == "base":
                 raise
-        wrapped = self.base
-        while isinstance(wrapped, Wrapper):
-            wrapped = wrapped.base
-        return getattr(wrapped, name)
+        return getattr(unwrapped(self.base), name)
 
     def rebuilt(self, base: nn.Module, swaps: Sequence[ModuleSwap]) -> Wrapper:
         """What stands in this wrapper's place when edits have come or gone: what `build` makes.
@@ -164,6 +168,18 @@ class Wrapper(nn.Module):
     def change(self, output: Any, *args: Any, **kwargs: Any) -> Any:
         """What the wrapper makes of the base's output."""
         raise NotImplementedError
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module without the wrappers round it."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
+
+
+def has_active_wrapper(module: nn.Module) -> bool:
+    """Whether an edit in the module, or in one inside it, may want to know which rows it sees."""
+    return any(isinstance(m, Wrapper) and not m.passes_through for m in module.modules())
 
 
 @runtime_checkable

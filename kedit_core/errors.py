@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 
 class KEditError(Exception):
@@ -56,6 +58,25 @@ class EditError(KEditError):
     """An edit was tried and failed; the model is as it was before."""
 
     exit_code = 1
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or the error itself where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def last_call(error: BaseException, *groups: Collection[str]) -> tuple[str, str]:
+    """Package, and file with line, of the last call before an error: in the first of the groups of
+    packages that has one, or else of all."""
+    calls = [
+        (
+            str(frame.f_globals.get("__name__", "")).partition(".")[0],
+            f"{Path(frame.f_code.co_filename).name}:{line}",
+        )
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    found = ([call for call in calls if call[0] in group] for group in groups)
+    return next(filter(None, found), calls)[-1]
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

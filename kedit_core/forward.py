@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from kedit_core.host import ModelHost
+from kedit_core.sites import Site
 from kedit_core.tokens import Batch
+
+Watched = TypeVar("Watched")
 
 
 @contextlib.contextmanager
@@ -57,6 +60,23 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def added(host: ModelHost, site: Site, change: Tensor) -> Iterator[None]:
+    """Inside the block the site's module computes with a change (d_out, d_in) of its weight.
+
+    The product with the change is taken in float32.
+    """
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (args[0].float() @ change.mT).to(output.dtype)
+
+    handle = host.base_module(site.module).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def copy_of_cache(cache: Any) -> Any:
@@ -130,8 +150,8 @@ class _Seen(Exception):
 def run_until(
     host: ModelHost,
     batch: Batch,
-    watch: Mapping[str, tuple[str, str]],
-    take: Callable[[str, Any], None],
+    watch: Mapping[Watched, tuple[str, str]],
+    take: Callable[[Watched, Any], None],
 ) -> None:
     """Run the model until every watched module has run once.
 
@@ -144,7 +164,7 @@ def run_until(
     missing = set(watch)
     handles = []
 
-    def seen(name: str, value: Any) -> None:
+    def seen(name: Watched, value: Any) -> None:
         take(name, value)
         missing.discard(name)
         if not missing:

@@ -48,7 +48,7 @@ class EditFinished:
 
 @dataclass(frozen=True)
 class CaseMeasured:
-    """One case was scored; `scores` maps metric ids to values."""
+    """One case was scored; `scores` maps metric ids, with `[PART]` for a part, to values."""
 
     method: str
     case: EditCase

@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kedit_core.anatomy import Anatomy, BlockAnatomy, find_anatomy
 from kedit_core.digest import bit_sums
-from kedit_core.effects import Wrapper
-from kedit_core.errors import ModelError, SiteError
+from kedit_core.effects import Wrapper, unwrapped
+from kedit_core.errors import ModelError, SiteError, reason_of
 from kedit_core.models import config_facts, locate
 from kedit_core.plugins import Catalog, discover
 from kedit_core.reading import Reading
@@ -27,7 +28,7 @@ from kedit_core.spec import ArchitectureSpec
 
 log = logging.getLogger(__name__)
 
-_CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 class ModelHost:
@@ -72,6 +73,7 @@ class ModelHost:
             )
         self.reading = Reading()
         self.agreed: set[Hashable] = set()
+        self._versions: dict[int, int] = {}  # of parameters, by id, inside `watched`
         self._accepts = set(inspect.signature(model.forward).parameters)
 
     @classmethod
@@ -110,10 +112,10 @@ class ModelHost:
             if where is not None:
                 _check_arithmetic(where, config.dtype if isinstance(wanted, str) else wanted)
             placement = {"device_map": "auto"} if where is None else {}
-            model = _load_weights(folder, config, {"dtype": wanted, **remote, **placement})
-        except _CANNOT_LOAD as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(f"The model '{name}' cannot be loaded: {first}") from error
+            with _bars_on_terminals():
+                model = _load_weights(folder, config, {"dtype": wanted, **remote, **placement})
+        except CANNOT_LOAD as error:
+            raise ModelError(f"The model '{name}' cannot be loaded: {reason_of(error)}") from error
         if where is not None:
             model.to(where)  # type: ignore[arg-type]
         return cls(model, tokenizer, name, _override(catalog, model.config.to_dict()))
@@ -186,6 +188,20 @@ class ModelHost:
             )
         return site
 
+    def mlp_in(self, layer: int) -> Site:
+        """The matrix by which the MLP of block `layer` reads.
+
+        Raises:
+            SiteError: no such block, or the MLP has no such matrix, or several.
+        """
+        sites = self.block(layer).mlp_in
+        if len(sites) != 1:
+            raise SiteError(
+                f"The MLP of block {layer} of {self.name} has {len(sites)} input matrices and so "
+                f"no single one. Choose its output matrix, mlp_out."
+            )
+        return sites[0]
+
     def module(self, path: str) -> nn.Module:
         """The module at `path`; names resolve through wrappers to what they wrap."""
         current: nn.Module = self.model
@@ -195,10 +211,7 @@ class ModelHost:
 
     def base_module(self, path: str) -> nn.Module:
         """As `module`, with the wrappers round the module itself taken off."""
-        found = self.module(path)
-        while isinstance(found, Wrapper):
-            found = found.base
-        return found
+        return unwrapped(self.module(path))
 
     def stored(self, site: Site) -> Tensor:
         """The parameter that holds the matrix, whatever it is stored as.
@@ -255,12 +268,45 @@ class ModelHost:
         """Let a method write to these matrices; afterwards their bits are as before."""
         parameters = {site.parameter: self.parameter(site) for site in sites}
         saved = {name: p.detach().clone() for name, p in parameters.items()}
+        with self.restoring(parameters.values()):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.copy_(saved[name])
+
+    @contextlib.contextmanager
+    def restoring(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """What is written inside the block, which ends with the bits of its beginning, is no change
+        that `watched` tells."""
+        whole = [p for p in parameters if self._versions.get(id(p)) == _version(p)]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(saved[name])
+            self._versions |= {id(p): _version(p) for p in whole}
+
+    @contextlib.contextmanager
+    def watched(self, told: Callable[[list[str]], object]) -> Iterator[None]:
+        """Tell after the block which parameters were written to or exchanged, if any were.
+
+        What autograd does not count is not seen: writes through `.data`, and to offloaded weights.
+        """
+        before = {n: p for n, p in self.model.named_parameters() if not p.is_meta}
+        self._versions = {id(p): _version(p) for p in before.values()}
+        try:
+            yield
+        finally:
+            now = dict(self.model.named_parameters())
+            written = [
+                name
+                for name, parameter in before.items()
+                if id(now.get(name)) != id(parameter)
+                or self._versions[id(parameter)] != _version(parameter)
+            ]
+            self._versions = {}
+            if written:
+                told(written)
 
     # -- identity -------------------------------------------------------------------------
 
@@ -283,6 +329,11 @@ class ModelHost:
             if not parameter.is_meta:
                 digest.update(bit_sums(parameter))
         return digest.hexdigest()[:16]
+
+
+def _version(parameter: Tensor) -> int:
+    """How often it was written to; of what was made in inference mode that is not known."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,10 +389,10 @@ def _check_arithmetic(device: torch.device, dtype: torch.dtype | None) -> None:
         x = torch.ones(2, 2, device=device, dtype=dtype)
         torch.nn.functional.linear(x, x)
     except (RuntimeError, AssertionError, ImportError) as error:
-        problem = str(error).splitlines()[0]
         way_out = "--dtype float32" if device.type == "cpu" else "--device cpu"
         raise ModelError(
-            f"This machine cannot compute in {dtype} on {device} ({problem}). Use {way_out}."
+            f"This machine cannot compute in {dtype} on {device} ({reason_of(error)}). Use "
+            f"{way_out}."
         ) from None
 
 
@@ -352,6 +403,23 @@ def _load_weights(
 
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(folder, config=config, **options)
+
+
+@contextlib.contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Inside the block the bars of transformers are silent where stderr is no terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled() and not are_progress_bars_disabled()  # it sets both
+    silenced = shown and not sys.stderr.isatty()
+    if silenced:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silenced:
+            bars.enable_progress_bar()
 
 
 def _override(catalog: Catalog, config: Mapping[str, Any]) -> Mapping[str, str] | None:

@@ -12,8 +12,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from kedit_core.errors import MissingSettingError, SettingError, did_you_mean
-from kedit_core.spec import MethodSpec, load_target
+from kedit_core.errors import MissingSettingError, PluginError, SettingError, did_you_mean
+from kedit_core.spec import MethodSpec, import_problem, load_target
 
 Share = float | tuple[float, float]
 
@@ -82,10 +82,17 @@ def presets_of(spec: MethodSpec) -> list[Preset]:
 
     Raises:
         SettingError: a preset file is malformed.
+        PluginError: the package that holds them cannot be imported.
     """
     if not spec.presets:
         return []
-    folder = importlib.resources.files(spec.presets)
+    try:
+        folder = importlib.resources.files(spec.presets)
+    except Exception as error:  # a plugin's code runs here, and may fail in any way
+        raise PluginError(
+            f"The presets of {spec.name}, '{spec.presets}', cannot be imported: "
+            f"{import_problem(error)}."
+        ) from error
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     presets = [_read_preset(f.name, f.read_text(encoding="utf-8")) for f in files]
     return [p for p in presets if spec.name in p.methods]
@@ -96,15 +103,16 @@ def _read_preset(name: str, text: str) -> Preset:
     unknown = set(data) - {"methods", "source", "fits", "settings"}
     if unknown or not {"methods", "source", "settings"} <= set(data):
         raise SettingError(f"Preset {name}: the keys are methods, source, fits and settings.")
-    if not isinstance(data["settings"], dict):
-        raise SettingError(f"Preset {name}: `settings` is no mapping.")
-    return Preset(
-        name=name.removesuffix(".yaml"),
-        methods=tuple(data["methods"]),
-        source=data["source"],
-        fits=data.get("fits") or {},
-        settings=data["settings"],
-    )
+    methods, source, settings = data["methods"], data["source"], data["settings"]
+    fits = data.get("fits") or {}
+    if not isinstance(methods, list) or not methods or not all(isinstance(m, str) for m in methods):
+        raise SettingError(f"Preset {name}: `methods` is no list of names, such as [rome].")
+    if not isinstance(source, str):
+        raise SettingError(f"Preset {name}: `source` is no text.")
+    for key, value in (("fits", fits), ("settings", settings)):
+        if not isinstance(value, dict):
+            raise SettingError(f"Preset {name}: `{key}` is no mapping; write KEY: VALUE lines.")
+    return Preset(name.removesuffix(".yaml"), tuple(methods), source, fits, settings)
 
 
 def parse_settings(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:

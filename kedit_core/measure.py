@@ -1,11 +1,9 @@
-"""What metrics share: means over a case's probes of one kind, makers for each kind of them, texts
-compared with answers, variety of words, classifiers by name."""
+"""What metrics share: means over a case's probes of one kind, makers for each kind of them, checked
+settings, classifiers by name."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +15,11 @@ from kedit_core.named import create
 from kedit_core.plugins import discover
 from kedit_core.protocols import CaseScore, Classifier
 from kedit_core.request import EditCase, Probe
-from kedit_core.words import is_spaced
 
 # Questions about one probe, and its value from the answers without and with the edit: None where
 # they do not tell.
 Asks = Callable[[Probe], Iterable[Question]]
 Value = Callable[[Probe, Answers, Answers], float | None]
-
-NATURAL_TOKENS = 50  # as long as an answer may be until its natural end, arXiv:2502.11177
-
-_MARKS = " .!?…。！？"  # at the end of an answer that may as well be without
-
-_END = re.compile(r"\n|(?<=\.)(?=\s|$)|(?<=。)")
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -132,73 +122,15 @@ def text_of(answers: Answers, question: Question) -> Text:
     return found
 
 
-def natural_end(text: str) -> str:
-    """A text up to its first line break, or the first full stop that ends a sentence.
+def at_least_one(name: str, value: int) -> int:
+    """A setting that counts something, checked.
 
-    A full stop inside a word or number (`U.S`, `1.5`) ends none; a Chinese one (`。`) always does.
+    Raises:
+        SettingError: it is no whole number from 1 on.
     """
-    return _END.split(text.strip(), maxsplit=1)[0].strip()
-
-
-def folded(text: str) -> str:
-    """A text without regard to case and to the kind of its apostrophes."""
-    return text.casefold().replace("’", "'").replace("‘", "'")
-
-
-def begins_with(text: str, answer: str) -> bool:
-    """Whether a text begins with the answer: as whole words, folded, without the answer's own full
-    stop."""
-    return _stands_at(0, folded(text.lstrip()), folded(answer.strip()))
-
-
-def contains(text: str, answer: str) -> bool:
-    """Whether the answer stands in a text: as `begins_with` compares them."""
-    found, wanted = folded(text), folded(answer.strip())
-    return any(
-        _stands_at(start, found, wanted)
-        for start in range(len(found) + 1)
-        if not (found[start - 1 : start].isalnum() and is_spaced(found[start - 1 : start]))
-    )
-
-
-def _stands_at(start: int, text: str, answer: str) -> bool:
-    """Whether the answer stands there in a text, and no word goes on behind it."""
-    bare = answer.rstrip(_MARKS) or answer
-    if not text.startswith(bare, start):
-        return False
-    end = start + len(bare)
-    marks = answer[len(bare) :]
-    return not _goes_on(text, end + len(marks) if text.startswith(marks, end) else end)
-
-
-def _goes_on(text: str, end: int) -> bool:
-    """Whether a word that ends here would go on; scripts without spaces have no such words."""
-    after = text[end : end + 1]
-    return after.isalnum() and is_spaced(after)
-
-
-def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, and each other mark by itself."""
-    return _WORDS.findall(text)
-
-
-def ngram_entropy(text: str) -> float:
-    """`entropy_of_words` of a text's words and marks."""
-    return entropy_of_words(words_of(text))
-
-
-def entropy_of_words(words: Sequence[str]) -> float:
-    """GE = H₂/3 + 2·H₃/3 in bits, Hₙ = −Σ f log₂ f over relative frequencies of n-grams of words.
-
-    The measure of fluency of ROME (arXiv:2202.05262); a term without any n-gram is 0.
-    """
-    return _entropy(words, 2) / 3 + 2 * _entropy(words, 3) / 3
-
-
-def _entropy(words: Sequence[str], n: int) -> float:
-    grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-    total = grams.total()
-    return -sum(c / total * math.log2(c / total) for c in grams.values()) if total else 0.0
+    if type(value) is not int or value < 1:
+        raise SettingError(f"{name} must be a whole number from 1 on, not {value!r}.")
+    return value
 
 
 def classifier_of(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kedit_core.errors import ModelError, UnknownNameError
+from kedit_core.paths import expanded, is_path
 from kedit_core.plugins import Catalog
 from kedit_core.spec import ModelSpec
 
@@ -23,9 +23,9 @@ def check(name: str, catalog: Catalog) -> None:
         ModelError: a folder without config or tokenizer, or a path that is no folder.
         UnknownNameError: a name that nothing has.
     """
-    if any(name == spec.name for spec in catalog.all(ModelSpec)):
+    if _registered(name, catalog):
         return
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {path} has no config.json, so it is no model.")
@@ -34,7 +34,7 @@ def check(name: str, catalog: Catalog) -> None:
                 f"The model folder {path} has no tokenizer. Save it there with "
                 f"`tokenizer.save_pretrained('{path}')`."
             )
-    elif path.is_absolute() or name.startswith((".", "~")):
+    elif is_path(name):
         raise ModelError(f"The model folder {path} does not exist.")
     elif "/" not in name:
         try:
@@ -50,10 +50,9 @@ def check(name: str, catalog: Catalog) -> None:
 def locate(name: str, catalog: Catalog) -> str:
     """The folder or hub id to load `name` from; raises as `check`."""
     check(name, catalog)
-    for spec in catalog.all(ModelSpec):
-        if spec.name == name:
-            return str(spec.load()())
-    path = Path(name).expanduser()
+    if spec := _registered(name, catalog):
+        return str(spec.load()())
+    path = expanded(name)
     return str(path) if path.is_dir() else name
 
 
@@ -63,10 +62,9 @@ def known_config(name: str, catalog: Catalog) -> dict[str, Any] | None:
     Raises:
         ModelError: the folder's config.json is not JSON.
     """
-    for spec in catalog.all(ModelSpec):
-        if spec.name == name:
-            return dict(spec.config)
-    file = Path(name).expanduser() / "config.json"
+    if spec := _registered(name, catalog):
+        return dict(spec.config)
+    file = expanded(name) / "config.json"
     if not file.is_file():
         return None
     try:
@@ -76,6 +74,10 @@ def known_config(name: str, catalog: Catalog) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise ModelError(f"{file} is no mapping, so it is no model's config.")
     return config_facts(config)
+
+
+def _registered(name: str, catalog: Catalog) -> ModelSpec | None:
+    return next((spec for spec in catalog.all(ModelSpec) if spec.name == name), None)
 
 
 def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:

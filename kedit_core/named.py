@@ -1,14 +1,20 @@
-"""Names with settings: `jsonl:prompt=question,target_new=answer`."""
+"""Names with settings, `jsonl:prompt=question,target_new=answer`, and what they make."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from kedit_core.errors import SettingError, did_you_mean
-from kedit_core.spec import Spec
+from kedit_core.errors import DataError, PluginError, SettingError, did_you_mean
+from kedit_core.paths import expanded
+from kedit_core.records import HUB, LeftOut, Source
+from kedit_core.spec import DatasetSpec, Spec
+
+if TYPE_CHECKING:
+    from kedit_core.plugins import Catalog
+    from kedit_core.request import EditCase, Probe
 
 # What stands between commas; those in a list (of lists), a mapping and a quoted value do not count.
 _PAIR = re.compile(r"""(?:\[(?:\[[^]]*\]|[^]])*\]|\{[^}]*\}|=\s*(?:"[^"]*"|'[^']*')|[^,])+""")
@@ -60,7 +66,32 @@ def create(spec: Spec, settings: Mapping[str, str]) -> Any:
     try:
         return target(**{k: _read(v, known[k].annotation) for k, v in settings.items()})
     except (TypeError, ValueError) as error:
-        raise SettingError(f"'{spec.name}' refuses its settings: {error}.") from None
+        raise SettingError(f"'{spec.name}' refuses its settings: {error}.") from error
+
+
+def read_dataset(
+    catalog: Catalog, text: str, path: str | None
+) -> tuple[DatasetSpec, Iterator[EditCase | Probe | LeftOut]]:
+    """The dataset of a name with settings, and what it yields.
+
+    Raises:
+        DataError: it needs a path, or the path does not exist.
+        UnknownNameError, SettingError: the name or a setting is wrong.
+        PluginError: the dataset's class cannot be read from.
+    """
+    name, settings = split_named(text)
+    spec = catalog.dataset(name)
+    if spec.needs_path and path is None:
+        raise DataError(f"The dataset '{name}' needs its file or folder.")
+    source: Source | None = path
+    if path is not None and not path.startswith(HUB):
+        source = expanded(path)
+        if not source.exists():
+            raise DataError(f"{path} does not exist. Give the dataset's file or folder.")
+    read = getattr(create(spec, settings), spec.holds, None)
+    if read is None:
+        raise PluginError(f"'{name}' is no dataset: '{spec.target}' has no {spec.holds}(source).")
+    return spec, read(source)
 
 
 def _read(value: str, annotation: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class Patch:
         plugin: name and version of the distribution that computed it.
         seed: of the job's generator.
         base: the model that it belongs to.
+
+    Raises:
+        PatchError: an effect, state or note is none.
     """
 
     method: str
@@ -68,6 +71,21 @@ class Patch:
     plugin: str = ""
     seed: int = 0
     base: Base = Base()
+
+    def __post_init__(self) -> None:
+        for effect in self.effects:
+            if not isinstance(effect, Effect):
+                raise PatchError(f"{effect!r} in the {self.method} patch is no effect.")
+        for name, tensor in self.state.items():
+            if not isinstance(tensor, Tensor):
+                raise PatchError(f"State '{name}' of the {self.method} patch is no tensor.")
+        for name, note in self.notes.items():
+            try:
+                json.dumps(note, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise PatchError(
+                    f"Note '{name}' of the {self.method} patch is no JSON value: {error}."
+                ) from None
 
     @property
     def deltas(self) -> tuple[WeightDelta, ...]:
@@ -99,7 +117,7 @@ class Patch:
         try:
             with new_folder(folder) as temporary:
                 self.write(temporary)
-        except (OSError, SafetensorError, TypeError) as error:  # TypeError: notes that are no JSON
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: config that is no JSON
             raise PatchError(f"The patch cannot be saved in {folder}: {error}.") from None
 
     def write(self, folder: Path) -> None:
@@ -170,10 +188,6 @@ class Patch:
             raise PatchError(f"{folder / MANIFEST} is malformed: {error!r}.") from None
         patch.check_finite()
         return patch
-
-    def with_base(self, base: Base) -> Patch:
-        """A copy that belongs to `base`."""
-        return replace(self, base=base)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
+import inspect
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar, cast
@@ -20,15 +20,15 @@ from kedit_core import hookspecs
 from kedit_core.errors import PluginError, UnknownNameError, did_you_mean
 from kedit_core.hookspecs import GROUP, PROJECT, REGISTRATIONS
 from kedit_core.spec import (
-    ArchitectureSpec,
     ClassifierSpec,
-    CommandSpec,
     DatasetSpec,
     EffectSpec,
     MethodSpec,
     MetricSpec,
     ModelSpec,
     Spec,
+    check_spec,
+    import_problem,
 )
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Catalog:
     plugins: list[PluginInfo] = field(default_factory=list)
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(PROJECT))
     _entries: dict[str, dict[str, list[_Entry]]] = field(default_factory=dict)
+    _left_out: dict[str, str] = field(default_factory=dict)  # a distribution's plugin
 
     def method(self, name: str) -> MethodSpec:
         """The method `name`; raises UnknownNameError or PluginError (as all look-ups do)."""
@@ -117,6 +118,12 @@ class Catalog:
         entry = self._entries[_kind(type(spec))][spec.name][0]
         return next(p for p in self.plugins if p.name == entry.plugin)
 
+    @property
+    def failing(self) -> str:
+        """The distributions whose plugins do not work, as a sentence; empty if there are none."""
+        names = ", ".join(sorted({p.distribution for p in self.plugins if p.error}))
+        return f"Plugins that do not work: {names} (see `kedit plugins`)." if names else ""
+
     def has_observers(self, hook: str) -> bool:
         """Whether any plugin implements an observation hook."""
         return bool(getattr(self.manager.hook, hook).get_hookimpls())
@@ -144,13 +151,17 @@ class Catalog:
             broken = [p for p in self.plugins if p.distribution == package and p.error]
             if broken:
                 raise PluginError(f"The {word} '{name}' is broken: {broken[0].error}")
+            if package in self._left_out:
+                raise UnknownNameError(
+                    f"The {word} '{name}' is left out by the environment variable KEDIT_PLUGINS. "
+                    f"Add '{self._left_out[package]}' to it, or unset it."
+                )
             raise UnknownNameError(
                 f"The {word} '{name}' is not installed. Install it with `pip install {package}`."
             )
         known = {*named, *(n for k, n in ours if k == word)}
-        failing = ", ".join(sorted({p.distribution for p in self.plugins if p.error}))
-        hint = f" Plugins that do not work: {failing} (see `kedit plugins`)." if failing else ""
-        raise UnknownNameError(f"There is no {word} '{name}'. {did_you_mean(name, known)}{hint}")
+        answer = f"There is no {word} '{name}'. {did_you_mean(name, known)} {self.failing}"
+        raise UnknownNameError(answer.rstrip())
 
     def _add(self, entry: _Entry) -> str:
         named = self._entries.setdefault(_kind(type(entry.spec)), {})
@@ -178,9 +189,10 @@ def discover(extra: Iterable[tuple[str, ModuleType]] = ()) -> Catalog:
     for name in sorted(only - {point.name for point in points}):
         log.warning("KEDIT_PLUGINS names '%s', and no plugin is called so.", name)
     for point in points:
-        if only and point.name not in only:
-            continue
         distribution = point.dist.name if point.dist else "?"
+        if only and point.name not in only:
+            catalog._left_out[distribution] = point.name
+            continue
         version = point.dist.version if point.dist else "?"
         if point.group != GROUP:
             error = f"made for another plugin API: it registers in {point.group}, this is {GROUP}"
@@ -188,16 +200,12 @@ def discover(extra: Iterable[tuple[str, ModuleType]] = ()) -> Catalog:
         else:
             _admit(catalog, point.name, distribution, point.load, version)
     for name, module in extra:
-        _admit(catalog, name, name, functools.partial(_given, module))
+        _admit(catalog, name, name, lambda: module)  # noqa: B023 - called at once
     _mark_conflicts(catalog)
     broken = next((p for p in catalog.plugins if p.error), None)
     if broken and os.environ.get("KEDIT_STRICT") == "1":
         raise PluginError(f"Plugin {broken.name} of {broken.distribution}: {broken.error}.")
     return catalog
-
-
-def _given(module: ModuleType) -> ModuleType:
-    return module
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
@@ -221,14 +229,14 @@ def _admit(
     error = ""
     try:
         module = load()
-        _check_hook_names(module)
+        _check_hooks(module)
         specs = list(_registered(module))
         if catalog.manager.has_plugin(name):
             raise PluginError(f"another plugin is called '{name}' too")
         catalog.manager.register(module, name)
         offers = [catalog._add(_Entry(spec, name, distribution)) for spec in specs]
     except ModuleNotFoundError as problem:
-        error = f"it needs the package '{problem.name}', which is not installed"
+        error = import_problem(problem)
     except (Exception, SystemExit) as problem:
         words = " ".join(str(problem).split())  # one line, whatever it printed
         error = f"{type(problem).__name__}: {words}" if words else type(problem).__name__
@@ -236,13 +244,17 @@ def _admit(
     catalog.plugins.append(PluginInfo(name, distribution, version, tuple(offers), error))
 
 
-def _check_hook_names(module: ModuleType) -> None:
+def _check_hooks(module: ModuleType) -> None:
     known = [n for n in vars(hookspecs) if n.startswith("kedit_")]
     for name, value in vars(module).items():
-        if hasattr(value, f"{PROJECT}_impl") and name not in known:
+        is_marked = hasattr(value, f"{PROJECT}_impl")
+        if is_marked and name not in known:
             raise PluginError(
                 f"it implements an unknown hook '{name}'. {did_you_mean(name, known)}"
             )
+        is_hook = name in known or name.startswith("kedit_register_")
+        if is_hook and inspect.isfunction(value) and not is_marked:
+            raise PluginError(f"its function '{name}' is never called: put @hookimpl before it")
 
 
 def _registered(module: ModuleType) -> Iterable[Spec]:
@@ -251,8 +263,9 @@ def _registered(module: ModuleType) -> Iterable[Spec]:
         if implementation is None or not hasattr(implementation, f"{PROJECT}_impl"):
             continue
         for spec in implementation():
-            if not isinstance(spec, kind):
+            if type(spec) is not kind:
                 raise PluginError(f"{hook} returned {spec!r}, not a {kind.__name__}")
+            check_spec(spec)
             yield spec
 
 
@@ -265,24 +278,9 @@ def _mark_conflicts(catalog: Catalog) -> None:
             owners = " and ".join(sorted({e.distribution for e in entries}))
             for index, info in enumerate(catalog.plugins):
                 if any(e.plugin == info.name for e in entries) and not info.error:
-                    catalog.plugins[index] = PluginInfo(
-                        info.name,
-                        info.distribution,
-                        info.version,
-                        info.offers,
-                        f"the {kind} '{name}' is offered by {owners}; uninstall all but one",
-                    )
+                    error = f"the {kind} '{name}' is offered by {owners}; uninstall all but one"
+                    catalog.plugins[index] = replace(info, error=error)
 
 
 def _kind(cls: type[Spec]) -> str:
-    names = {
-        MethodSpec: "method",
-        DatasetSpec: "dataset",
-        MetricSpec: "metric",
-        EffectSpec: "effect",
-        ModelSpec: "model",
-        ClassifierSpec: "classifier",
-        ArchitectureSpec: "architecture",
-        CommandSpec: "command",
-    }
-    return names[cls]
+    return cls.__name__.removesuffix("Spec").lower()

@@ -74,14 +74,18 @@ class Reading:
             vars(self).update(before)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take down the arguments of a decoder-only model's forward."""
-        named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids"))
-        ids = next(given for given in (*args[:1], *named) if given is not None)
+        """Take down the arguments of a model's forward; if it has an encoder, its decoder's."""
+        of_decoder = [name for name in kwargs if name.startswith("decoder_")]
+        read = {name.removeprefix("decoder_"): kwargs[name] for name in of_decoder} or kwargs
+        named = (read.get("input_ids"), read.get("inputs_embeds"), *args[:1], kwargs.get("labels"))
+        ids = next((given for given in named if given is not None), None)
+        if ids is None:
+            return  # the model itself says what it lacks
         cache = kwargs.get("past_key_values")
         rows, self.width = ids.shape[:2]
         self.start = int(cache.get_seq_length()) if cache is not None else 0
         total = self.start + self.width
-        mask = kwargs.get("attention_mask")
+        mask = read.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
             self.mask = mask[:, :total].bool()
         else:

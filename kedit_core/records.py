@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kedit_core.errors import DataError
+from kedit_core.errors import DataError, PluginError, reason_of
 
 HUB = "hub:"
 
@@ -136,14 +136,28 @@ class Row:
             raise RowError(f"'{self.path}{key}' holds {_shown(value)} among its answers")
 
 
-def checked(found: Iterable[T | LeftOut]) -> Iterator[T | LeftOut]:
-    """The same, but a malformed row ends it.
+def checked(
+    found: Iterable[T | LeftOut], kind: type | None = None, *, to_the_end: bool = False
+) -> Iterator[T | LeftOut]:
+    """The same, but a malformed row ends it, unless all are to be seen `to_the_end`.
+
+    Args:
+        found: what a dataset gave.
+        kind: what it should hold: cases or probes.
 
     Raises:
         DataError: names file, line and what is wrong.
+        PluginError: the dataset gave something else.
     """
+    if not isinstance(found, Iterable):
+        raise PluginError(f"The dataset returned {found!r}, from which no item can be read.")
     for item in found:
-        if isinstance(item, LeftOut) and item.malformed:
+        if kind and not isinstance(item, kind | LeftOut):
+            raise PluginError(
+                f"The dataset gave an item of type {type(item).__name__}, and {kind.__name__} or "
+                f"LeftOut are wanted: {_shown(item)}"
+            )
+        if isinstance(item, LeftOut) and item.malformed and not to_the_end:
             raise DataError(f"{item}. See all such rows with `kedit data check`.")
         yield item
 
@@ -151,12 +165,13 @@ def checked(found: Iterable[T | LeftOut]) -> Iterator[T | LeftOut]:
 # -- files -----------------------------------------------------------------------------------
 
 
-def files_in(source: Source, *patterns: str) -> list[Source]:
+def files_in(source: Source | None, *patterns: str) -> list[Source]:
     """The file or hub name itself, or the files of a folder that match a pattern, by name.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it matches.
     """
+    assert source is not None, "the spec says that a path is needed"
     if isinstance(source, str) and source.startswith(HUB):
         return [source]
     path = Path(source)
@@ -335,6 +350,11 @@ def _csv_rows(path: Path, file: io.TextIOBase) -> Iterator[Row]:
                 )
         if len(header) < 2:
             raise DataError(f"{path}, line 1: neither JSON nor a table with a header.")
+        for name in filter(None, header):
+            if header.count(name) > 1:
+                raise DataError(
+                    f"{path}, line 1: more than one column is called '{name}'. Rename all but one."
+                )
         line = reader.line_num + 1
         for fields in reader:
             if fields and len(fields) != len(header):
@@ -382,8 +402,7 @@ def _from_hub(source: str) -> Iterator[tuple[Any, str, str]]:
     try:
         yield datasets, name, split
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"'{source}' cannot be loaded: {reason}") from None
+        raise DataError(f"'{source}' cannot be loaded: {reason_of(error)}") from None
 
 
 def _row(path: Path, line: int, value: Any) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from kedit_core.errors import RequestError, did_you_mean
+from kedit_core.errors import DataError, RequestError, did_you_mean
+from kedit_core.records import read_rows
 
 SLOT = "{}"
-
-_BETWEEN = re.compile(r"[\s,]*")  # what stands between the items of a JSON list
 
 
 class _Record(BaseModel):
@@ -215,15 +213,11 @@ def read_requests(path: Path) -> list[EditRequest]:
         RequestError: the file cannot be read, or a record is malformed; with its line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
-    except FileNotFoundError:
-        raise RequestError(f"The requests file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"The requests file {path} cannot be read: {error}.") from None
-    read = {".jsonl": _json_lines, ".json": _json_list}.get(path.suffix.lower(), _yaml_list)
+    if not path.exists():
+        raise RequestError(f"The requests file {path} does not exist.")
+    read = _json if path.suffix.lower() in (".json", ".jsonl") else _yaml
     requests = []
-    for line, record in read(path, text):
+    for line, record in read(path):
         if not isinstance(record, dict):
             raise RequestError(f"{path}, line {line}: a request is a mapping, not {record!r}.")
         if not all(isinstance(key, str) for key in record):
@@ -237,37 +231,22 @@ def read_requests(path: Path) -> list[EditRequest]:
     return requests
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RequestError(f"{path}, line {number}: not JSON ({error.msg}).") from None
-
-
-def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON list with their lines."""
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of JSON with their lines."""
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
-    if not isinstance(records, list):
-        raise _no_list(path)
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
-    line += text.count("\n", 0, at)
-    for record in records:
-        start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        line += text.count("\n", at, start)
-        yield line, record
-        end = decoder.raw_decode(text, start)[1]
-        line, at = line + text.count("\n", start, end), end
+        yield from ((row.line, row.value) for row in read_rows(path))
+    except DataError as error:
+        raise RequestError(str(error)) from None
 
 
-def _yaml_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _yaml(path: Path) -> Iterator[tuple[int, Any]]:
     """Items of a YAML list with their lines."""
     import yaml
 
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The requests file {path} cannot be read: {error}.") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -275,7 +254,10 @@ def _yaml_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         line = f", line {mark.line + 1}" if mark else ""
         raise RequestError(f"{path}{line}: not YAML ({_problem(error)}).") from None
     if not isinstance(node, yaml.SequenceNode):
-        raise _no_list(path)
+        raise RequestError(
+            f"{path} is no list of requests. Begin each with '- prompt: …' and give it subject and "
+            f"target_new."
+        )
     loader = yaml.SafeLoader("")
     for item in node.value:
         number = item.start_mark.line + 1
@@ -287,10 +269,3 @@ def _yaml_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 def _problem(error: Exception) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
-
-
-def _no_list(path: Path) -> RequestError:
-    return RequestError(
-        f"{path} is no list of requests. Begin each with '- prompt: …' and give it subject and "
-        f"target_new."
-    )

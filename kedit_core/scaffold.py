@@ -1,4 +1,4 @@
-"""`kedit new-method`: a plugin with a small method that passes the conformance suite."""
+"""`kedit new-method`, `new-dataset`, `new-metric`: a small plugin that works as it is."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from kedit_core import __version__
 from kedit_core.errors import PluginError
 from kedit_core.files import new_folder
 from kedit_core.plugins import discover, first_party
 
+Kind = Literal["method", "dataset", "metric"]
+
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LONGEST = 30  # so that no line of the rendered files becomes too long
 _SUFFIX = ".jinja"
 
 
-def new_method(name: str, parent: Path) -> Path:
-    """Write the folder `kedit-NAME` with a plugin that offers the method `name`.
+def new_plugin(kind: Kind, name: str, parent: Path) -> Path:
+    """Write the folder `kedit-NAME` with a plugin that offers a method, dataset or metric.
 
     Args:
-        name: lower-case words with hyphens between them.
+        kind: of the plugin.
+        name: of the method or dataset, or the quantity in the metric's name; lower-case words with
+            hyphens between them.
         parent: folder in which to make it.
 
     Returns:
@@ -32,28 +37,30 @@ def new_method(name: str, parent: Path) -> Path:
     Raises:
         PluginError: the name is malformed or taken, the folder exists, or the disk refuses.
     """
-    _check_name(name)
+    _check_name(kind, name)
     folder = Path(parent) / f"kedit-{name}"
     if folder.exists():
         raise PluginError(f"{folder} exists already. Choose another name or another folder.")
     try:
         with new_folder(folder) as temporary:
-            _render(_words(name), temporary)
+            for part in ("any", kind):
+                _render(part, _words(kind, name), temporary)
     except OSError as error:
         raise PluginError(f"{folder} cannot be written: {error}.") from None
     return folder
 
 
-def _check_name(name: str) -> None:
+def _check_name(kind: Kind, name: str) -> None:
     if not _NAME.fullmatch(name) or len(name) > _LONGEST:
         raise PluginError(
-            f"'{name}' is no name for a method. Write at most {_LONGEST} lower-case letters and "
-            f"digits, with single hyphens between words, such as my-method."
+            f"'{name}' is no name for a {kind}. Write at most {_LONGEST} lower-case letters and "
+            f"digits, with single hyphens between words, such as my-{kind}."
         )
-    words = _words(name)
-    offers = {offer for plugin in discover().plugins for offer in plugin.offers}
-    if f"method {name}" in offers or ("method", name) in first_party():
-        raise PluginError(f"There is a method '{name}' already. Choose another name.")
+    words = _words(kind, name)
+    taken = {offer for plugin in discover().plugins for offer in plugin.offers}
+    taken |= {" ".join(offer) for offer in first_party()}
+    if f"{kind} {name}" in {offer.partition("/")[0] for offer in taken}:
+        raise PluginError(f"There is a {kind} '{name}' already. Choose another name.")
     is_ours = words["distribution"] in first_party().values()
     if is_ours or importlib.util.find_spec(words["package"]) is not None:
         raise PluginError(
@@ -61,24 +68,23 @@ def _check_name(name: str) -> None:
         )
 
 
-def _words(name: str) -> dict[str, str]:
+def _words(kind: Kind, name: str) -> dict[str, str]:
     """What the template calls things."""
-    camel = "".join(word.capitalize() for word in name.split("-"))
     return {
+        "kind": kind,
         "name": name,
         "distribution": f"kedit-{name}",
         "package": f"kedit_{name.replace('-', '_')}",
-        "editor": f"{camel}Editor",
-        "settings": f"{camel}HyperParams",
+        "camel": "".join(word.capitalize() for word in name.split("-")),
         "requirement": f"kedit>={__version__},<{int(__version__.partition('.')[0]) + 1}",
     }
 
 
-def _render(words: Mapping[str, str], folder: Path) -> None:
+def _render(part: str, words: Mapping[str, str], folder: Path) -> None:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    template = importlib.resources.files("kedit_core") / "_template"
+    template = importlib.resources.files("kedit_core") / "_template" / part
     for path, file in _files(template, PurePosixPath()):
         target = folder / environment.from_string(str(path)).render(words)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,14 @@ from kedit_core.artifacts import ArtifactStore
 from kedit_core.changes import Applied, Changes
 from kedit_core.corpus import Corpus
 from kedit_core.effects import CallEffect
-from kedit_core.errors import EditError, ModelError, PatchError, RequestError, SettingError
+from kedit_core.errors import (
+    EditError,
+    ModelError,
+    PatchError,
+    PluginError,
+    RequestError,
+    SettingError,
+)
 from kedit_core.guard import untouched
 from kedit_core.hookspecs import EditFinished
 from kedit_core.host import ModelHost
@@ -91,6 +98,7 @@ class EditSession:
         self.catalog = catalog or discover()
         self.fingerprint = host.fingerprint()
         self._changes = Changes(host, self.catalog)
+        self._spoilt = ""  # why the unedited model is lost
 
     # -- looking --------------------------------------------------------------------------
 
@@ -120,6 +128,7 @@ class EditSession:
 
     def view(self) -> ModelView:
         """The model as it answers with all edits in force; follows later changes."""
+        self._refuse_if_spoilt()
         return ModelView(self.host, self._changes.calls)
 
     def compare(self, prompts: str | Sequence[str], max_new_tokens: int = 12) -> list[Comparison]:
@@ -159,8 +168,7 @@ class EditSession:
             KEditError: anything the user can cause; the model is as it was before the call.
         """
         spec, settings = self._resolve(method, preset, file, hparams)
-        alone = isinstance(requests, EditRequest | str | Mapping)
-        wanted = cast(tuple[EditRequest, ...], (requests,) if alone else tuple(requests))
+        wanted = tuple(_several(requests))
         for request in wanted:
             if not isinstance(request, EditRequest):
                 raise RequestError(
@@ -197,7 +205,7 @@ class EditSession:
     def stream(
         self,
         method: str | MethodSpec,
-        requests: Iterable[EditRequest],
+        requests: EditRequest | Iterable[EditRequest],
         *,
         batch: int = 1,
         folder: Path | None = None,
@@ -219,18 +227,22 @@ class EditSession:
 
         Raises:
             RequestError: the folder holds other requests than these.
-            SettingError: the folder's edits were made with other settings or another seed.
+            SettingError: the folder's edits were made with other settings, another seed or another
+                `overlay`; `batch` is less than 1.
             EditError: the folder and this session do not hold the same edits.
             KEditError: as `edit` and `load`; the batches before are in force.
         """
         spec = self.catalog.method(method) if isinstance(method, str) else method
-        coming = iter(requests)
+        coming = iter(_several(requests))
+        folder = None if folder is None else Path(folder)
+        if batch < 1:
+            raise SettingError(f"Batches of {batch} edits make none. Give a batch of at least 1.")
         if folder is not None and (folder / STACK).is_file():
             if self.is_edited:
                 raise EditError(f"{folder} holds edits, and so does this session; roll it back.")
             saved = read_stack(folder)
-            done = saved.latest_by(spec.name)
-            written = [request for patch in done for request in patch.requests]
+            done = saved.entries[len(saved.entries) - len(saved.latest_by(spec.name)) :]
+            written = [request for patch, _ in done for request in patch.requests]
             if list(islice(coming, len(written))) != written:
                 raise RequestError(
                     f"{folder} holds {len(written)} edits by {spec.name}, and they are not the "
@@ -255,7 +267,7 @@ class EditSession:
     def _check_same_settings(
         self,
         spec: MethodSpec,
-        done: Sequence[Patch],
+        done: Sequence[tuple[Patch, bool]],
         folder: Path,
         options: Mapping[str, Any],
     ) -> None:
@@ -263,8 +275,9 @@ class EditSession:
         wanted = self._resolve(spec, *given)[1].hparams.model_dump(mode="json")
         seed = options.get("seed")
         wanted["seed of the run"] = self.seed if seed is None else seed
-        for patch in done:
-            made = {**patch.hparams, "seed of the run": patch.seed}
+        wanted["`overlay`"] = options.get("overlay", False)
+        for patch, overlay in done:
+            made = {**patch.hparams, "seed of the run": patch.seed, "`overlay`": overlay}
             others = [n for n in wanted | made if wanted.get(n) != made.get(n)]
             if others:
                 raise SettingError(
@@ -312,7 +325,7 @@ class EditSession:
         implementation = spec.load()(settings.hparams)
         if not isinstance(implementation, Preparable):
             raise SettingError(f"{spec.name} has nothing to prepare.")
-        with self.suspended(), untouched(self.model, self.host.tokenizer):
+        with self.suspended(), self._guarded(spec):
             implementation.prepare(self._job(spec, (), self.seed))
         return settings
 
@@ -356,10 +369,13 @@ class EditSession:
         seed: int | None,
     ) -> None:
         self._refuse_if_suspended()
+        self._refuse_if_spoilt()
         started = time.perf_counter()
         job = self._job(spec, requests, self.seed if seed is None else seed)
-        with untouched(self.model, self.host.tokenizer):
+        with self._guarded(spec):
             patch = method.edit(job)
+        if not isinstance(patch, Patch):
+            raise PluginError(f"{spec.name} returned {patch!r}; edit() must return a Patch.")
         try:
             patch.check_finite()
         except PatchError as error:
@@ -399,8 +415,9 @@ class EditSession:
             EditError: the changed weights would not be finite; nothing has changed.
         """
         self._refuse_if_suspended()
+        self._refuse_if_spoilt()
         if not patch.base.fingerprint:
-            patch = patch.with_base(self._base(patch))
+            patch = replace(patch, base=self._base(patch))
         self._changes.put(patch, overlay)
 
     # -- taking them back -----------------------------------------------------------------
@@ -415,6 +432,7 @@ class EditSession:
 
         Raises:
             EditError: the savepoint is no longer part of this session's history.
+            PluginError: a method changed weights itself, which nothing takes back.
         """
         self._refuse_if_suspended()
         stack, depth = self._changes.stack, 0
@@ -423,6 +441,7 @@ class EditSession:
                 raise EditError("This savepoint was rolled back already.")
             depth = stack.index(mark.top) + 1  # less than at the mark where some were taken out
         self._changes.take_back(stack[depth:])
+        self._refuse_if_spoilt()
 
     def pop(self) -> Patch:
         """Take back the latest patch and return it.
@@ -454,6 +473,29 @@ class EditSession:
     def _refuse_if_suspended(self) -> None:
         if self._changes.is_suspended:
             raise EditError("The session is suspended; edit, save or roll back outside that block.")
+
+    def _refuse_if_spoilt(self) -> None:
+        if self._spoilt:
+            raise PluginError(self._spoilt)
+
+    @contextlib.contextmanager
+    def _guarded(self, spec: MethodSpec) -> Iterator[None]:
+        """Where a method's code runs: it leaves the model as it found it, or the session ends.
+
+        Raises:
+            PluginError: it wrote to weights outside `ModelHost.scratch`.
+        """
+
+        def refuse(written: list[str]) -> None:
+            more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+            self._spoilt = (
+                f"{spec.name} changed {written[0]}{more} itself, so the model is not what it was. "
+                f"Load it again; a method writes inside `host.scratch` only."
+            )
+            self._refuse_if_spoilt()
+
+        with self.host.watched(refuse), untouched(self.model, self.host.tokenizer):
+            yield
 
     # -- files ----------------------------------------------------------------------------
 
@@ -506,3 +548,9 @@ class EditSession:
             is_first = self.host.stored(delta.site) not in touched
             if is_first and recorded != self.host.checksum(delta.site):
                 raise PatchError(f"{named}: {delta.site.parameter} has changed since; {anyway}")
+
+
+def _several(requests: EditRequest | Iterable[EditRequest]) -> Iterable[EditRequest]:
+    """The requests, where one is given or several; what is neither is handed on as one."""
+    alone = isinstance(requests, EditRequest | str | Mapping)
+    return cast(Iterable[EditRequest], (requests,) if alone else requests)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from kedit_core.errors import PluginError
+from kedit_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
     from kedit_core.request import EditRequest
@@ -26,12 +28,21 @@ def load_target(target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a plugin's code runs here, and may fail in any way
-        hint = f" (install '{error.name}')" if isinstance(error, ModuleNotFoundError) else ""
-        raise PluginError(f"'{target}' cannot be imported: {error}{hint}.") from error
+        raise PluginError(f"'{target}' cannot be imported: {import_problem(error)}.") from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise PluginError(f"'{target}' does not exist in its module.") from error
+
+
+def import_problem(error: Exception) -> str:
+    """Why an import failed: of a module that was not found, whether its package is there."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return str(error)
+    package, dot, _ = error.name.partition(".")
+    if dot:  # Python imports the package first
+        return f"the package '{package}' has no module '{error.name}'"
+    return f"it needs the package '{package}', which is not installed"
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Spec:
     """What all descriptions share.
 
     Attributes:
-        name: what users type; unique among all installed plugins.
+        name: what users type; unique among all installed plugins.  Lower-case letters and digits,
+            with single hyphens or dots between words.
         target: `"pkg.module:Name"` of what is described; imported at first use.
         summary: one line for the lists.
         paper: where it was published, for example `arXiv:2202.05262`.
@@ -115,7 +127,7 @@ class DatasetSpec(Spec):
 
 @dataclass(frozen=True)
 class MetricSpec(Spec):
-    """A metric; the name carries its protocol, for example `efficacy/teacher-forced@1`.
+    """A metric; its name is `quantity/protocol@version`, such as `efficacy/teacher-forced@1`.
 
     Attributes:
         unit: of its values.
@@ -185,3 +197,39 @@ class ArchitectureSpec(Spec):
 @dataclass(frozen=True)
 class CommandSpec(Spec):
     """A command that joins `kedit`: target is a typer-compatible function, or a `typer.Typer`."""
+
+
+def check_spec(spec: Spec) -> None:
+    """Check a spec's name, and the values of fields that have few.
+
+    Raises:
+        PluginError: says which is wrong, and what may stand there.
+    """
+    owner = f"{type(spec).__name__} '{spec.name}'"
+    word = "[a-z0-9]+([.-][a-z0-9]+)*"
+    if isinstance(spec, MetricSpec):
+        pattern, form = f"{word}/{word}@[0-9]+", "quantity/protocol@version, as my-score/greedy@1"
+    else:
+        pattern, form = word, "lower-case words with hyphens between them, as my-name"
+    if not re.fullmatch(pattern, spec.name):
+        raise PluginError(f"{owner}: its name must be {form}")
+    for key, (is_set, known) in _choices(type(spec)).items():  # type: ignore[arg-type]
+        given = getattr(spec, key)
+        for value in given if is_set else (given,):
+            if value not in known:
+                hint = did_you_mean(str(value), known)
+                raise PluginError(f"{owner}: {key} cannot be {value!r}. {hint}")
+    if isinstance(spec, MethodSpec) and spec.max_batch is not None and spec.max_batch < 1:
+        raise PluginError(f"{owner}: max_batch is {spec.max_batch}; give 1 or more, or None")
+
+
+@functools.cache  # hints cost more than all checks
+def _choices(kind: type[Spec]) -> dict[str, tuple[bool, tuple[str, ...]]]:
+    """Of each field with few values, whether it is a set of them, and what they are."""
+    found = {}
+    for key, hint in get_type_hints(kind).items():
+        is_set = get_origin(hint) is frozenset
+        values = get_args(hint)[0] if is_set else hint
+        if get_origin(values) is Literal:
+            found[key] = is_set, get_args(values)
+    return found

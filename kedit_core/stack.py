@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
@@ -56,7 +56,7 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
                 entries.append({"patch": name, "overlay": overlay})
             head = {"format": FORMAT, "model": saved.model, "fingerprint": saved.fingerprint}
             write_json(temporary / STACK, head | {"patches": entries})
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: notes that are no JSON
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: config that is no JSON
         raise PatchError(f"The edits cannot be saved in {folder}: {error}.") from None
 
 
@@ -158,8 +158,15 @@ def remove_saved(folder: Path, index: int, catalog: Catalog) -> Patch:
 
 
 def _without(folder: Path, saved: SavedStack, index: int) -> Patch:
-    kept = saved.entries[:index] + saved.entries[index + 1 :]
-    write_stack(folder, replace(saved, entries=kept))
+    """Take a patch off the list first: whoever reads the folder finds a whole session."""
+    check_replaceable(folder)
+    data = read_manifest(folder / STACK)
+    entry = data["patches"].pop(index)
+    try:
+        write_json(folder / STACK, data)
+    except OSError as error:
+        raise PatchError(f"The edits in {folder} cannot be changed: {error}.") from None
+    shutil.rmtree(folder / entry["patch"], ignore_errors=True)
     return saved.entries[index][0]
 
 

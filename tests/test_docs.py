@@ -10,16 +10,22 @@ import re
 import shlex
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 import yaml
 
 import kedit_core
-from kedit_core import EditRequest, KEditError, discover
+from kedit_core import DatasetSpec, EditRequest, KEditError, MethodSpec, MetricSpec, discover
+from kedit_core.cli import main
 from kedit_core.cli.app import build_app
+from kedit_core.corpus import Corpus
 from kedit_core.editing import EditSession, ModelHost, Patch
+from kedit_core.scaffold import new_plugin
+from kedit_core.testing import toy_corpus
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,6 +190,48 @@ def test_the_example_of_an_author_writes_a_fact(tmp_path, monkeypatch, toy_host)
             del sys.modules[name]
 
 
+def test_the_variant_of_memit_keeps_the_largest_relative_changes(tmp_path, monkeypatch, toy_host):
+    section = read("docs/write-a-method.md").partition("### A variant of MEMIT")[2]
+    code = re.search(r"^```python\n(.*?)^```$", section, re.M | re.S)[1]
+    (tmp_path / "kedit_rect.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    rect = MethodSpec("rect", "kedit_rect:Rect", "RECT", hparams="kedit_rect:RectHyperParams")
+    host, request = toy_host("llama"), toy_request()
+    session = EditSession(host, corpus=Corpus(str(toy_corpus())))
+    with session.trial("memit", request, preset="toy") as outcome:
+        (whole,), settings = outcome.patches[0].effects, outcome.patches[0].hparams
+    weight, before = host.weight(whole.site).clone(), probability(session, request)
+    own = {key: value for key, value in settings.items() if key != "history"}
+    try:
+        (patch,) = session.edit(rect, request, hparams={**own, "keep": 0.3}).patches
+    finally:
+        sys.modules.pop("kedit_rect", None)
+    (kept,) = patch.effects
+    ratio, is_kept = whole.dense().abs() / weight.abs(), kept.dense() != 0
+    assert is_kept.sum() == round(0.3 * weight.numel())
+    assert ratio[is_kept].min() >= ratio[~is_kept].max()
+    torch.testing.assert_close(kept.dense()[is_kept], whole.dense()[is_kept])
+    assert probability(session, request) > before
+
+
+def test_the_dataset_and_the_metric_of_the_page_are_what_kedit_writes(tmp_path):
+    page = read("docs/write-a-dataset-or-metric.md")
+    shown = re.findall(r"^`(kedit-\S+)`\n\n```\w+\n(.*?)^```$", page, re.M | re.S)
+    new_plugin("dataset", "capitals", tmp_path)
+    new_plugin("metric", "learned", tmp_path)
+    assert [path for path, text in shown if text not in (tmp_path / path).read_text("utf-8")] == []
+    files = {f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*.py")}
+    assert {f for f in files if not f.endswith("__init__.py")} <= {path for path, _ in shown}
+
+
+def test_the_fields_of_datasets_and_metrics_are_explained():
+    page = read("docs/write-a-dataset-or-metric.md")
+    for spec in (DatasetSpec, MetricSpec):
+        table = page.partition(f"| Field of `{spec.__name__}` |")[2].partition("\n\n")[0]
+        cells = " ".join(re.findall(r"^\| (.+?) \|", table, re.M))
+        assert sorted(f.name for f in fields(spec)) == sorted(re.findall(r"`(\w+)`", cells))
+
+
 def toy_request():
     from kedit_core.testing import toy_facts
 
@@ -235,6 +283,18 @@ def test_every_key_of_a_saved_session_is_explained(tmp_path, toy_host):
     keys = {*manifest, *stack, *stack["patches"][0], *(f"base.{key}" for key in manifest["base"])}
     explained = re.findall(r'[`"]([\w.]+)[`"]', prose(ROOT / "docs" / "patch-format.md"))
     assert keys - {"base"} <= set(explained)
+
+
+def test_what_is_to_be_read_before_an_edit_is_loaded_is_shown(tmp_path, toy_host, capsys):
+    session, request = EditSession(toy_host("gpt2")), toy_request()
+    session.apply(Patch("nothing", (), requests=(request,), notes={"losses": [0.5]}))
+    session.save(tmp_path / "edits")
+    command = re.search(r"`requests` and `notes` with\s`(.+?)`", read("docs/patch-format.md"))[1]
+    with pytest.raises(SystemExit):
+        main([*command.split()[1:], str(tmp_path / "edits")])
+    (shown,) = json.loads(capsys.readouterr().out)["patches"]
+    assert shown["requests"][0]["prompt"] == request.prompt
+    assert shown["notes"] == {"losses": [0.5]}
 
 
 def test_the_current_version_has_an_entry_in_the_changelog():

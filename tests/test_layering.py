@@ -30,7 +30,7 @@ LAYERS = {
         *("kedit_core.sites", "kedit_core.paths", "kedit_core.files", "kedit_core.models"),
         *("kedit_core.scaffold", "kedit_core.records", "kedit_core.cases", "kedit_core.cli.*"),
         *("kedit_core.ask", "kedit_core.words", "kedit_core.named", "kedit_core.measure"),
-        *("kedit_core.encoder", "kedit_core.targets"),
+        *("kedit_core.encoder", "kedit_core.targets", "kedit_core.texts"),
     ),
     "numerics": ("kedit_core.numerics.*",),
     "testing": ("kedit_core.testing.*",),

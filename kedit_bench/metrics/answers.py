@@ -14,20 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kedit_bench.metrics.likelihood import likelihood_scores, perplexities
 from kedit_core.ask import Answers, Continue, Form, Question, Read, Score
-from kedit_core.measure import (
-    NATURAL_TOKENS,
-    ProbeMetric,
-    begins_with,
-    contains,
-    folded,
-    for_kinds,
-    mean,
-    natural_end,
-    read_of,
-    text_of,
-)
+from kedit_core.measure import ProbeMetric, for_kinds, mean, read_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import NATURAL_TOKENS, begins_with, contains, folded, natural_end
 
 GREEDY_TOKENS = 12
 
@@ -64,7 +54,7 @@ def rank(kind: str) -> ProbeMetric:
     return _read_metric(kind, lambda score: score.rank, best=min)
 
 
-def likelihood(kind: str) -> Likelihood:
+def nll(kind: str) -> Likelihood:
     """Mean negative log-probability of the answer's tokens, in nats."""
     return Likelihood(_read_metric(kind, lambda score: -score.mean_logprob, best=min))
 

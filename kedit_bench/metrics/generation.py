@@ -14,9 +14,10 @@ from pathlib import Path
 from kedit_bench.metrics.likelihood import likelihood_scores, perplexities
 from kedit_core.ask import Answers, Question, Read, Sample, Text
 from kedit_core.errors import SettingError
-from kedit_core.measure import mean, ngram_entropy, probes_of, read_of, text_of, words_of
+from kedit_core.measure import mean, probes_of, read_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import ngram_entropy, words_of
 
 _TERMS = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's, with which the published tables were made
 _MIN_ROOM = 20  # tokens

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import NATURAL_TOKENS, by_family, contains, natural_end, text_of
+from kedit_core.measure import by_family, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import NATURAL_TOKENS, contains, natural_end
 
 
 class TestsPassed:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from kedit_core.cli.lists import LISTS
-from kedit_core.errors import KEditError
+from kedit_core.errors import KEditError, last_call, reason_of
 
 INTERRUPTED = 130  # what a shell calls the end by SIGINT
+_OURS = {"kedit_core", "kedit_bench"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code.
 
-    0 done, 1 the edit or check failed, 2 wrong use, 130 interrupted.
+    0 done, 1 the edit, the check or a plugin failed, 2 wrong use, 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -53,6 +55,22 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:  # a plugin's code runs here, and may fail in any way
+        if debug:
+            raise
+        sys.stderr.write(f"kedit: {_failure(error)} Add --debug to see the traceback.\n")
+        sys.exit(1)
+
+
+def _failure(error: Exception) -> str:
+    """Which plugin failed, or kedit itself, and where: a sentence about an error of no kind."""
+    from kedit_core.plugins import discover
+
+    plugins: list[tuple[str, Any]] = discover().manager.list_name_plugin()
+    names = {module.__name__.partition(".")[0]: name for name, module in plugins}
+    package, where = last_call(error, names.keys() - _OURS, _OURS)
+    who = "kedit" if package in _OURS else names.get(package, package)
+    return f"{who} failed in {where} ({type(error).__name__}: {reason_of(error)})."
 
 
 def _keeps_work(given: list[str]) -> bool:

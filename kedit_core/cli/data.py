@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kedit_core.cli import options, printing
-from kedit_core.errors import DataError
-from kedit_core.plugins import Catalog, discover
+from kedit_core.errors import DataError, did_you_mean
+from kedit_core.named import read_dataset
+from kedit_core.plugins import discover
+from kedit_core.spec import MetricSpec
 
 if TYPE_CHECKING:
-    from kedit_core.records import LeftOut, Source
-    from kedit_core.request import EditCase, Probe
-    from kedit_core.spec import DatasetSpec
+    from kedit_core.plugins import Catalog
+    from kedit_core.records import LeftOut
 
 SHOWN = 20
 COMPARED = 100_000  # different requests that are held to find those that repeat
@@ -44,25 +44,32 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Read a dataset's file whole: how many cases, which rows are left out, and why."""
-    from kedit_core.records import LeftOut
-    from kedit_core.request import EditCase, repeats
+    from kedit_core.records import LeftOut, checked
+    from kedit_core.request import EditCase, Probe, repeats
 
+    catalog = discover()
+    spec, items = read_dataset(catalog, name, path)
     found: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    families: Counter[str] = Counter()
     asked: Counter[tuple[str, str]] = Counter()
     left: list[LeftOut] = []
-    for item in read_dataset(discover(), name, path)[1]:
+    for item in checked(items, Probe if spec.holds == "probes" else EditCase, to_the_end=True):
+        probes: Sequence[Probe] = ()
         if isinstance(item, LeftOut):
             left.append(item)
         elif isinstance(item, EditCase):
+            probes = item.probes
             found["cases"] += 1
-            kinds.update(f"{p.kind}/{p.name}".rstrip("/") for p in item.probes)
             found["requests"] += len(item.requests)
             found["requests without a subject"] += sum(r.subject is None for r in item.requests)
             if len(asked) < COMPARED:
                 asked.update((r.text, r.target_new) for r in item.requests)
-        else:
+        elif isinstance(item, Probe):
+            probes = (item,)
             found["probes"] += 1
+        kinds.update(p.kind for p in probes)
+        families.update(f"{p.kind}/{p.name}".rstrip("/") for p in probes)
     several = repeats(asked)
     found.update({what: len(texts) for what, texts in several.items()})
     malformed = [item for item in left if item.malformed]
@@ -70,13 +77,13 @@ def check(
         printing.echo_json(
             {
                 **found,
-                "probes_by_kind": dict(kinds),
+                "probes_by_kind": dict(families),
                 "left_out": [vars(item) for item in left],
                 "malformed": len(malformed),
             }
         )
     else:
-        rows = [(what, count) for what, count in (found + kinds).items()]
+        rows = [(what, count) for what, count in (found + families).items()]
         rows += [("rows left out", len(left) - len(malformed)), ("malformed rows", len(malformed))]
         typer.echo(printing.table(rows, ("what", "count")))
         shown = sorted(left, key=lambda item: not item.malformed)
@@ -86,32 +93,19 @@ def check(
             typer.echo(f"… and {len(left) - SHOWN} more; --json has them all.", err=True)
         for what, texts in several.items():
             typer.echo(f"{what}: {len(texts)}, first {texts[0]!r}", err=True)
+        for line in _uncounted(catalog, kinds):
+            typer.echo(line, err=True)
     if malformed:
         raise DataError(f"{len(malformed)} of the rows are malformed.")
     if not found["cases"] and not found["probes"]:
         raise DataError("There is no case in it.")
 
 
-def read_dataset(
-    catalog: Catalog, text: str, path: str | None
-) -> tuple[DatasetSpec, Iterator[EditCase | Probe | LeftOut]]:
-    """The dataset of a name with settings, and what it yields.
-
-    Raises:
-        DataError: it needs a path, or the path does not exist.
-        UnknownNameError, SettingError: the name or a setting is wrong.
-    """
-    from kedit_core.named import create, split_named
-    from kedit_core.records import HUB
-
-    name, settings = split_named(text)
-    spec = catalog.dataset(name)
-    if spec.needs_path and path is None:
-        raise DataError(f"The dataset '{name}' needs its file or folder.")
-    if path is not None and not path.startswith(HUB) and not Path(path).exists():
-        raise DataError(f"{path} does not exist. Give the dataset's file or folder.")
-    adapter = create(spec, settings)
-    source: Source | None = path if path is None or path.startswith(HUB) else Path(path)
-    if spec.holds == "probes":
-        return spec, adapter.probes(source)
-    return spec, adapter.cases(source)
+def _uncounted(catalog: Catalog, kinds: Mapping[str, int]) -> Iterator[str]:
+    """Sentences about probes of kinds that no installed metric names."""
+    known = {kind for spec in catalog.all(MetricSpec) for kind in spec.probe.split(", ") if kind}
+    for kind, count in kinds.items():
+        if kind not in known:
+            probes = "1 probe" if count == 1 else f"{count} probes"
+            counted = f"{'is' if count == 1 else 'are'} counted by no metric"
+            yield f"{probes} of kind '{kind}' {counted}. {did_you_mean(kind, known)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,8 @@ import typer
 from kedit_core.cli import options
 from kedit_core.cli.printing import echo_json, shorten, table
 from kedit_core.errors import PatchError, RequestError, SettingError
-from kedit_core.measure import begins_with, folded
 from kedit_core.plugins import discover
+from kedit_core.texts import begins_with, folded
 
 if TYPE_CHECKING:
     from kedit_core.editing import EditSession, Patch, SavedStack
@@ -209,6 +210,7 @@ def show(folder: Folder, as_json: options.Json = False) -> None:
                         "overlay": overlay,
                         "requests": [r.model_dump(mode="json") for r in patch.requests],
                         "hparams": dict(patch.hparams),
+                        "notes": dict(patch.notes),
                         "touches": _touched(patch),
                     }
                     for patch, overlay in saved.entries
@@ -216,11 +218,13 @@ def show(folder: Folder, as_json: options.Json = False) -> None:
             }
         )
     rows: list[tuple[Any, ...]] = []
+    whole = 0 if sys.stdout.isatty() else sys.maxsize  # programs get all
     for number, (patch, overlay) in enumerate(saved.entries):
         for request in patch.requests or (None,):
             fact = f"{request.text} → {request.target_new}" if request else ""
-            touched = shorten(", ".join(_touched(patch)), 60)
-            rows.append((number, patch.method, shorten(fact, 70), touched, "yes" * overlay))
+            fact = shorten(fact, whole or 70)
+            touched = shorten(", ".join(_touched(patch)), whole or 60)
+            rows.append((number, patch.method, fact, touched, "yes" * overlay))
     typer.echo(table(rows, ("#", "method", "fact", "changes", "overlay")))
     typer.echo(f"{len(saved.entries)} patch(es) for {saved.model}.", err=True)
 

@@ -5,17 +5,19 @@ They answer at once: they load neither torch nor the library of the command line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 from kedit_core.cli.printing import echo, echo_json, table
-from kedit_core.plugins import discover
+from kedit_core.plugins import Catalog, discover
 from kedit_core.spec import DatasetSpec, MethodSpec, MetricSpec, ModelSpec
+
+_SHOWN = 3  # names of a kind in a cell
 
 
 def list_methods(as_json: bool) -> None:
     """Editing methods."""
-    catalog = discover()
+    catalog = _installed()
     specs = catalog.all(MethodSpec)
     if as_json:
         return echo_json(
@@ -40,7 +42,7 @@ def list_methods(as_json: bool) -> None:
 
 def list_datasets(as_json: bool) -> None:
     """Datasets to evaluate on."""
-    specs = discover().all(DatasetSpec)
+    specs = _installed().all(DatasetSpec)
     if as_json:
         keys = ("name", "summary", "licence", "needs_path", "paper")
         return echo_json([{key: getattr(s, key) for key in keys} for s in specs])
@@ -50,7 +52,7 @@ def list_datasets(as_json: bool) -> None:
 
 def list_metrics(as_json: bool) -> None:
     """Metrics; the name carries the protocol."""
-    specs = discover().all(MetricSpec)
+    specs = _installed().all(MetricSpec)
     if as_json:
         return echo_json(
             [{key: getattr(s, key) for key in ("name", "summary", "unit")} for s in specs]
@@ -60,7 +62,7 @@ def list_metrics(as_json: bool) -> None:
 
 def list_models(as_json: bool) -> None:
     """Models that come with a package; any folder or hub id works too."""
-    specs = discover().all(ModelSpec)
+    specs = _installed().all(ModelSpec)
     if as_json:
         keys = ("name", "summary", "licence", "config")
         return echo_json([{key: getattr(s, key) for key in keys} for s in specs])
@@ -84,10 +86,31 @@ def plugins(as_json: bool) -> None:
                 for p in found
             ]
         )
-    rows: list[Any] = [
-        (p.name, p.distribution, p.version, p.status, p.error or ", ".join(p.offers)) for p in found
+    rows = [
+        (p.name, p.distribution, p.version, p.status, p.error or _counted(p.offers)) for p in found
     ]
     echo(table(rows, ("plugin", "distribution", "version", "status", "offers or why not")))
+
+
+def _installed() -> Catalog:
+    """The catalog; what is missing in it because it does not work is told on stderr."""
+    catalog = discover()
+    if catalog.failing:
+        sys.stderr.write(f"{catalog.failing}\n")
+    return catalog
+
+
+def _counted(offers: Sequence[str]) -> str:
+    """How many of each kind there are, with the first names: `1 method: rome`."""
+    kinds: dict[str, list[str]] = {}
+    for offer in offers:
+        kind, _, name = offer.partition(" ")
+        kinds.setdefault(kind, []).append(name)
+    return "; ".join(
+        f"{len(names)} {kind}{'s' * (len(names) > 1)}: "
+        + ", ".join([*names[:_SHOWN], *["…"] * (len(names) > _SHOWN)])
+        for kind, names in kinds.items()
+    )
 
 
 LISTS: Mapping[str, Callable[[bool], None]] = {

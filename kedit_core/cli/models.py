@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kedit_core.cli import options
-from kedit_core.cli.data import read_dataset
 from kedit_core.cli.printing import echo_json, table
 from kedit_core.cli.trace import check_causal, facts_of, trace_facts, with_error
 from kedit_core.errors import RequestError
+from kedit_core.named import read_dataset
 from kedit_core.plugins import Catalog, discover
 from kedit_core.spec import MethodSpec
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kedit_core.paths import expanded, is_path
+
 _FILES = (".txt", ".md", ".npz")  # a dataset's name does not end so
 
 if TYPE_CHECKING:
@@ -95,9 +97,8 @@ def _check_corpus(corpus: str) -> None:
     """
     from kedit_core.errors import ArtifactError
 
-    path = Path(corpus)
-    is_path = path.is_absolute() or corpus.startswith((".", "~")) or path.suffix in _FILES
-    if is_path and not path.exists():
+    path = expanded(corpus)
+    if (is_path(corpus) or path.suffix in _FILES) and not path.exists():
         raise ArtifactError(f"The corpus {path} does not exist.")
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
-from kedit_core.numerics.losses import wide
 from kedit_core.numerics.sample import context_texts
-from kedit_core.numerics.trace import Side, states_at_marks
+from kedit_core.numerics.states import Side, states_at_marks, wide
 from kedit_core.numerics.values import ValueSettings, ValueTask
 from kedit_core.request import EditRequest
 from kedit_core.targets import ValueHyperParams
@@ -102,19 +101,16 @@ def essence_row(host: ModelHost, request: EditRequest, fact_token: FactToken) ->
     return Row(encode(host, essence.text).ids, mark=mark)
 
 
-def mean_keys(
-    host: ModelHost, module: str, rows: Sequence[Sequence[Row]], *, is_flat: bool = False
-) -> Tensor:
+def mean_keys(host: ModelHost, module: str, rows: Sequence[Sequence[Row]]) -> Tensor:
     """The keys of facts: what a module reads at their marks, averaged over contexts.
 
     The row without context counts one half and the others share the other half, as in MEMIT's
-    code; flat, all count the same, as in ROME's.
+    code.
 
     Args:
         host: a causal model.
         module: path of the module that holds the matrix.
         rows: for each fact at least one.
-        is_flat: the other way to average.
 
     Returns:
         (d_in, facts), float32 or wider.
@@ -122,10 +118,10 @@ def mean_keys(
     points: dict[str, tuple[str, Side]] = {"key": (module, "input")}
     states = states_at_marks(host, [row for fact in rows for row in fact], points)["key"]
     split = wide(states).split([*map(len, rows)])
-    return torch.stack([_mean(own, is_flat) for own in split], dim=1)
+    return torch.stack([_mean(own) for own in split], dim=1)
 
 
-def _mean(keys: Tensor, is_flat: bool) -> Tensor:
-    if is_flat or len(keys) == 1:
-        return keys.mean(dim=0)
+def _mean(keys: Tensor) -> Tensor:
+    if len(keys) == 1:
+        return keys[0]
     return (keys[0] + keys[1:].mean(dim=0)) / 2

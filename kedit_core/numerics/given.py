@@ -22,12 +22,12 @@ from torch import Generator, Tensor
 
 from kedit_core.corpus import Corpus
 from kedit_core.errors import ArtifactError
-from kedit_core.forward import run_until
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.numerics.sample import OPENINGS, sample
+from kedit_core.numerics.states import watch_tokens
 from kedit_core.sites import Site
-from kedit_core.tokens import Row, pad
+from kedit_core.tokens import Row
 
 log = logging.getLogger(__name__)
 
@@ -152,18 +152,10 @@ def check_model(job: EditJob, moments: Mapping[Site, Tensor]) -> None:
 def _own_keys(job: EditJob, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """What each matrix reads at each token of text by the unedited model: (tokens, d_in)."""
     found: dict[Site, Tensor] = {}
+    points = {site: (site.module, "input") for site in sites}
     with job.unedited():
         texts = sample(job.host, OPENINGS, TOKENS, job.generator(), top_k=50)
-        batch = pad(job.host, [Row(ids) for ids in texts])
-        mask = batch.inputs["attention_mask"].bool()
-        names = {site.parameter: site for site in sites}
-
-        def take(name: str, value: Any) -> None:
-            rows = value.reshape(*mask.shape, -1)  # OPT flattens rows
-            found[names[name]] = rows[mask.to(value.device)].clone()
-
-        watch = {name: (site.module, "input") for name, site in names.items()}
-        run_until(job.host, batch, watch, take)
+        watch_tokens(job.host, [Row(ids) for ids in texts], points, found.__setitem__)
     return found
 
 

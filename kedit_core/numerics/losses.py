@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or wider where it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from kedit_core.numerics.states import wide
 
 
 def mean_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:

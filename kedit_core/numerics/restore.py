@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from kedit_core.effects import Wrapper
+from kedit_core.effects import has_active_wrapper
 from kedit_core.forward import copy_of_cache, forward_as, head_only_at, run
 from kedit_core.host import ModelHost
-from kedit_core.numerics.losses import wide
 from kedit_core.numerics.states import (
     Kind,
     changed,
     embedding_scale,
     embeddings,
     part_of,
+    wide,
     with_tokens,
 )
 from kedit_core.probing import hidden_of, with_hidden
@@ -130,7 +130,7 @@ class Corruption:
             done: called after each token.
             plain: one run per state.
         """
-        if not plain and not self._is_wrapped():
+        if not plain and not has_active_wrapper(self._host.model):
             for cached in (True, False):
                 try:
                     found = self._fast_scores(kind, spans, done, cached=cached)
@@ -199,11 +199,6 @@ class Corruption:
         return self._clean[kind]
 
     # -- the fast way ---------------------------------------------------------------------
-
-    def _is_wrapped(self) -> bool:
-        """Whether edits in modules may want to know which rows they see."""
-        modules = self._host.model.modules()
-        return any(isinstance(module, Wrapper) and not module.passes_through for module in modules)
 
     def _agrees(self, kind: Kind, spans: Sequence[Span], found: Tensor) -> bool:
         """Whether two scores (layers, tokens) of the first copy are those of the plain way.

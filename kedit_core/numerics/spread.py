@@ -13,10 +13,9 @@ from kedit_core.editing import Patch, WeightDelta
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.numerics.facts import FactRows, mean_keys
-from kedit_core.numerics.losses import wide
 from kedit_core.numerics.ridge import Constraint, Update, inverse_by, least_squares
+from kedit_core.numerics.states import Side, states_at_marks, wide
 from kedit_core.numerics.stats import moment_factors
-from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.numerics.values import Value
 from kedit_core.sites import Site
 from kedit_core.targets import MomentHyperParams
@@ -111,12 +110,33 @@ def by_moments(job: EditJob, hparams: MomentHyperParams) -> Solver:
         SiteError: a layer does not exist or has no single MLP output matrix.
         ArtifactError, EditError: as `moment_factors`.
     """
+    return by_least_squares(moment_constraints(job, hparams, hparams.moment_weights))
+
+
+def moment_constraints(
+    job: EditJob,
+    hparams: MomentHyperParams,
+    weights: Sequence[float],
+    earlier: Sequence[Patch] = (),
+) -> dict[Site, Constraint]:
+    """λC of the MLP output matrix of each layer, and the keys of earlier edits beside it.
+
+    Args:
+        job: gives what `moment_factors` asks for.
+        hparams: layers and number of tokens.
+        weights: λ of each layer.
+        earlier: patches that left their keys in their state.
+
+    Raises:
+        SiteError: a layer does not exist or has no single MLP output matrix.
+        ArtifactError, EditError: as `moment_factors` and `Constraint.after`.
+    """
     sites = [job.host.mlp_out(layer) for layer in hparams.layers]
     factors = moment_factors(job, sites, hparams.moment_tokens)
-    weights = dict(zip(sites, hparams.moment_weights, strict=True))
-    return by_least_squares(
-        {s: Constraint.of(inverse_by(f, weights[s]), len(f)) for s, f in factors.items()}
-    )
+    return {
+        site: Constraint.after(inverse_by(factors[site], weight), len(factors[site]), earlier, site)
+        for site, weight in zip(sites, weights, strict=True)
+    }
 
 
 def write_values(

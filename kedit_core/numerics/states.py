@@ -1,22 +1,89 @@
-"""Parts of a model whose output is watched or changed, and token embeddings."""
+"""What parts of a model read and write, and token embeddings."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kedit_core.errors import ModelError
-from kedit_core.forward import run, streams
+from kedit_core.forward import Watched, run, run_until, streams
 from kedit_core.host import ModelHost
-from kedit_core.numerics.losses import wide
 from kedit_core.probing import hidden_of, with_hidden
-from kedit_core.tokens import Row, pad
+from kedit_core.tokens import MAX_TOKENS, Row, buckets, pad
 
 Kind = Literal["block", "mlp", "attn"]
+Side = Literal["input", "output"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or wider where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@torch.no_grad()
+def states_at_marks(
+    host: ModelHost, rows: Sequence[Row], points: Mapping[str, tuple[str, Side]]
+) -> dict[str, Tensor]:
+    """Inputs or outputs of modules at each row's mark.
+
+    What stands after a mark cannot change it in a causal model, so rows are cut there; the pass
+    ends at the last module that is wanted.
+
+    Args:
+        host: a causal model.
+        rows: each with its mark in the prompt.
+        points: for each name a module's path and side.
+
+    Returns:
+        For each name (rows, width) in the model's type.
+    """
+    cut = [row.until_mark for row in rows]
+    found: dict[str, list[Tensor | None]] = {name: [None] * len(rows) for name in points}
+    for group in buckets([len(row.ids) for row in cut], MAX_TOKENS):
+        batch = pad(host, [cut[n] for n in group])
+        at = torch.tensor([cut[n].mark for n in group], device=host.device)
+
+        def take(name: str, value: Any, group: list[int] = group, at: Tensor = at) -> None:
+            hidden = hidden_of(value)
+            hidden = hidden.reshape(len(group), -1, hidden.shape[-1])  # OPT flattens rows
+            picked = hidden[torch.arange(len(group), device=hidden.device), at.to(hidden.device)]
+            for n, state in zip(group, picked, strict=True):
+                found[name][n] = state
+
+        run_until(host, batch, points, take)
+    return {
+        name: torch.stack([state for state in states if state is not None])
+        for name, states in found.items()
+    }
+
+
+@torch.no_grad()
+def watch_tokens(
+    host: ModelHost,
+    rows: Sequence[Row],
+    points: Mapping[Watched, tuple[str, str]],
+    take: Callable[[Watched, Tensor], object],
+) -> None:
+    """Hand over what modules read or write at each token of some rows, which are one batch.
+
+    Args:
+        host: the model.
+        rows: one or more.
+        points: as for `run_until`.
+        take: called with the name and the states (tokens, width), row by row, in the model's type.
+    """
+    batch = pad(host, rows)
+    mask = batch.inputs["attention_mask"].bool()
+
+    def pick(name: Watched, value: Any) -> None:
+        states = hidden_of(value).reshape(*mask.shape, -1)  # OPT flattens rows
+        take(name, states[mask.to(states.device)])  # a model may be spread over several devices
+
+    run_until(host, batch, points, pick)
 
 
 def part_of(host: ModelHost, kind: Kind, layer: int) -> str:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from kedit_core.artifacts import ArtifactStore
 from kedit_core.corpus import Corpus, moments_key
 from kedit_core.errors import ArtifactError
 from kedit_core.files import new_file
-from kedit_core.forward import run_until
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.numerics.given import check_model, given_moment, moment_file, token_count
 from kedit_core.numerics.sample import OPENINGS, sample
 from kedit_core.numerics.solve import cholesky
+from kedit_core.numerics.states import watch_tokens
 from kedit_core.progress import progress
 from kedit_core.sites import Site
-from kedit_core.tokens import Row, pad
+from kedit_core.tokens import Row
 
 log = logging.getLogger(__name__)
 
@@ -227,18 +228,12 @@ def collect(
 
 
 def _add(host: ModelHost, sites: Sequence[Site], rows: Rows, sums: dict[Site, Tensor]) -> None:
-    batch = pad(host, [Row(ids) for ids in rows])
-    mask = batch.inputs["attention_mask"].bool()
-    names = {site.parameter: site for site in sites}
+    def take(site: Site, keys: Tensor) -> None:
+        keys = keys.to(sums[site].dtype)
+        sums[site].addmm_(keys.mT, keys)
 
-    def take(name: str, value: Any) -> None:
-        total = sums[names[name]]
-        rows = value.reshape(*mask.shape, -1)  # OPT flattens rows
-        inputs = rows[mask.to(value.device)].to(total.dtype)
-        total.addmm_(inputs.mT, inputs)
-
-    watch = {name: (site.module, "input") for name, site in names.items()}
-    run_until(host, batch, watch, take)
+    points = {site: (site.module, "input") for site in sites}
+    watch_tokens(host, [Row(ids) for ids in rows], points, take)
 
 
 def _chunks(host: ModelHost, corpus: Corpus, seed: int, first: int) -> Iterator[Rows]:
@@ -272,12 +267,12 @@ def _shorten(rows: Rows, tokens: int) -> Rows:
     return kept
 
 
-def _partial(store: ArtifactStore, key: dict[str, Any]) -> Any:
+def _partial(store: ArtifactStore, key: dict[str, Any]) -> Path:
     return store.folder("second-moment-unfinished", key).with_suffix(".safetensors")
 
 
 def _resume(
-    host: ModelHost, sites: Sequence[Site], partial: Any
+    host: ModelHost, sites: Sequence[Site], partial: Path | None
 ) -> tuple[dict[Site, Tensor], int, int]:
     widths = {site: host.weight(site).shape[1] for site in sites}
     sums = {
@@ -299,7 +294,7 @@ def _resume(
 
 
 def _save_partial(
-    partial: Any, sites: Sequence[Site], sums: dict[Site, Tensor], seen: int, chunk: int
+    partial: Path, sites: Sequence[Site], sums: dict[Site, Tensor], seen: int, chunk: int
 ) -> None:
     tensors = {site.parameter: sums[site].cpu() for site in sites}
     counts = {"seen": torch.tensor(seen), "chunk": torch.tensor(chunk)}

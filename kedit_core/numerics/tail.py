@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_core.effects import Wrapper
-from kedit_core.forward import copy_of_cache, forward_as, head_only_at, run
+from kedit_core.effects import Wrapper, has_active_wrapper
+from kedit_core.forward import copy_of_cache, forward_as, head_only_at, run, streams
 from kedit_core.host import ModelHost
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.tokens import Row, pad
@@ -101,34 +101,27 @@ class Tail:
     def logits(self) -> Tensor:
         """Logits that predict the labels: (labels, vocabulary); differentiable."""
         if not self.is_fast:
-            return self._forward(use_cache=False).logits[self._batch.rows, self._batch.columns]
+            return self._forward().logits[self._batch.rows, self._batch.columns]
         count = len(self.labels)
         places = torch.arange(max(count, _LEAST), device=self.labels.device).clamp(max=count - 1)
         rows, columns = self._batch.rows[places], self._batch.columns[places] - self._cut
         with head_only_at(self._host, rows, columns):
-            return self._forward(use_cache=False).logits[0, :count]
+            return self._forward().logits[0, :count]
 
     def _record(self, start: int, cut: int) -> None:
         """One plain pass keeps the block's input and the cache; the fast way is compared."""
         host, batch = self._host, self._batch
-        seen: dict[str, Any] = {}
-        block = host.module(host.blocks[start].path)
-        handles = [
-            block.register_forward_pre_hook(
-                lambda m, args, kwargs: seen.update(input=_first(args, kwargs)), with_kwargs=True
-            )
-        ]
-        if start:
-            below = host.module(host.blocks[start - 1].path)
-            handles.append(below.register_forward_hook(lambda m, a, out: seen.update(form=out)))
+        forms: list[Any] = []
+        below = host.module(host.blocks[max(start - 1, 0)].path)
+        handle = below.register_forward_hook(lambda m, args, out: forms.append(out))
+        at_labels = head_only_at(host, batch.rows, batch.columns)
         try:
-            with torch.no_grad(), head_only_at(host, batch.rows, batch.columns):
+            with torch.no_grad(), at_labels, streams(host, [start]) as entering:
                 output = run(host, batch, use_cache=cut > 0)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         cache = getattr(output, "past_key_values", None) if cut else None
-        self._hidden, self._form = seen["input"], seen.get("form")
+        self._hidden, self._form = entering[start], forms[0] if start else None
         if cache is None or not hasattr(cache, "layers"):
             cut = 0
         else:
@@ -140,10 +133,7 @@ class Tail:
         self._cut, self._cache = cut, cache if cut else None
         self.unchanged = output.logits[0]
         kept = batch.inputs["attention_mask"][:, cut:].flatten().nonzero()[:, 0]
-        repeated = [module for b in host.blocks[start:] for module in host.module(b.path).modules()]
-        needs_rows = any(
-            isinstance(module, Wrapper) and not module.passes_through for module in repeated
-        )
+        needs_rows = any(has_active_wrapper(host.module(b.path)) for b in host.blocks[start:])
         if not needs_rows and len(kept) < self._width * len(batch.offsets):
             self._kept = kept
         if self._is_right():
@@ -183,10 +173,10 @@ class Tail:
             log.debug("the fast way fails", exc_info=error)
             return False
 
-    def _forward(self, use_cache: bool) -> Any:
+    def _forward(self) -> Any:
         host = self._host
         if self._hidden is None:
-            return run(host, self._batch, use_cache=use_cache)
+            return run(host, self._batch)
         inputs = dict(self._batch.inputs)
         for name in ("input_ids", "position_ids"):
             if name in inputs:
@@ -294,7 +284,3 @@ def _forward_between(
         return with_hidden(output, after(hidden_of(output)))
 
     return forward_as(module, forward)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return hidden_of(args[0] if args else kwargs["hidden_states"])

@@ -15,9 +15,9 @@ from kedit_core.errors import EditError
 from kedit_core.host import ModelHost
 from kedit_core.job import EditJob
 from kedit_core.memory import free_bytes
-from kedit_core.numerics.losses import kl_divergence, mean_nll, wide
+from kedit_core.numerics.losses import kl_divergence, mean_nll
+from kedit_core.numerics.states import Side, states_at_marks, wide
 from kedit_core.numerics.tail import Tail
-from kedit_core.numerics.trace import Side, states_at_marks
 from kedit_core.probing import hidden_of, with_hidden
 from kedit_core.progress import progress
 from kedit_core.tokens import Row
@@ -221,9 +221,9 @@ def memory_chunks(
 ) -> Iterator[list[ValueTask]]:
     """As many tasks at a time as memory holds beside one another, in their order; at least one."""
     site = host.blocks[layer].mlp_out
-    wide = host.weight(site).shape[1] if site is not None else 4 * host.anatomy.hidden_size
+    width = host.weight(site).shape[1] if site is not None else 4 * host.anatomy.hidden_size
     # Numbers that autograd keeps of a block at one position, a little above what was measured.
-    numbers = 16 * host.anatomy.hidden_size + 6 * wide
+    numbers = 16 * host.anatomy.hidden_size + 6 * width
     position = numbers * host.dtype.itemsize * (len(host.blocks) - layer)
     label = 16 * host.model.config.get_text_config().vocab_size  # logits, in float32 with gradients
     limit = free_bytes(host.device)

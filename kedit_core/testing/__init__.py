@@ -13,29 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kedit_core.testing.bench import Bench, skip
-    from kedit_core.testing.conformance import (
-        Check,
-        Report,
-        Result,
-        all_checks,
-        parametrize_checks,
-        run_checks,
-    )
-    from kedit_core.testing.selection import once, only_for
+    from kedit_core.testing.conformance import all_checks, parametrize_checks, run_checks
     from kedit_core.testing.toys import load_toy, toy_corpus, toy_facts, toy_folder
 
 _LAZY = {
-    "Bench": "bench",
-    "skip": "bench",
-    "Check": "conformance",
-    "Report": "conformance",
-    "Result": "conformance",
     "all_checks": "conformance",
     "parametrize_checks": "conformance",
     "run_checks": "conformance",
-    "once": "selection",
-    "only_for": "selection",
     "load_toy": "toys",
     "toy_corpus": "toys",
     "toy_facts": "toys",
@@ -50,17 +34,10 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Bench",
-    "Check",
-    "Report",
-    "Result",
     "all_checks",
     "load_toy",
-    "once",
-    "only_for",
     "parametrize_checks",
     "run_checks",
-    "skip",
     "toy_corpus",
     "toy_facts",
     "toy_folder",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -232,6 +235,15 @@ class Bench:
         gains = [a.mean_logprob - b.mean_logprob for a, b in zip(after, before, strict=True)]
         return sum(gains) / len(gains)
 
+    def needs_sequences(self) -> None:
+        """End the check where the method's edits may not follow one another.
+
+        Raises:
+            Skipped: they may not.
+        """
+        if not self.spec.sequential:
+            skip("the method's edits may not follow one another")
+
     def plugin_module(self) -> str:
         """Name of the module that registers the method.
 
@@ -251,6 +263,14 @@ def as_request(fact: ToyFact) -> EditRequest:
         subject=fact.subject,
         target_new=fact.target_new,
         ground_truth=(fact.answer,),
+    )
+
+
+def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:
+    """What a new Python that finds the same modules makes of the code."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
 
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import random
+import textwrap
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from kedit_core.errors import ModelError, SettingError, UnknownNameError, did_you_mean
+from kedit_core.errors import ModelError, SettingError, UnknownNameError, did_you_mean, last_call
 from kedit_core.hparams import HyperParams, presets_of, resolve
 from kedit_core.plugins import Catalog, discover
 from kedit_core.progress import progress
 from kedit_core.spec import Effect, MethodSpec
 from kedit_core.testing.bench import Bench, Skipped, Workbench
 from kedit_core.testing.checks import answers, contract, effects, history, purity, storage
+from kedit_core.testing.model_state import torch_settings_kept
 from kedit_core.testing.pytest_plugin import MARKER
-from kedit_core.testing.selection import effects_of, is_about_facts, is_once
+from kedit_core.testing.selection import ALL_EFFECTS
 from kedit_core.testing.toys import TOYS
 
 if TYPE_CHECKING:
@@ -36,6 +35,12 @@ Given = Mapping[str, Any] | HyperParams | None
 
 TOY_PRESET = "toy"
 _ODD = 271828183
+_INDENTED: Any = {
+    "width": 100,
+    "initial_indent": "    ",
+    "subsequent_indent": "    ",
+    "break_on_hyphens": False,
+}
 _MODULES = (contract, purity, answers, history, effects, storage)
 
 
@@ -103,7 +108,8 @@ class Report:
         return {"method": self.method, "ok": self.ok, "counts": self.counts, "results": results}
 
     def table(self) -> str:
-        """One line per check with its outcome on each layout, then what went wrong."""
+        """One line per check with its outcome on each layout, then each reason with its checks:
+        by name, or as `layout-name` where it is that of some layouts only."""
         layouts = list(dict.fromkeys(r.layout for r in self.results))
         found = {(r.check, r.layout): r.outcome for r in self.results}
         names = list(dict.fromkeys(r.check for r in self.results))
@@ -112,10 +118,18 @@ class Report:
         for name in names:
             cells = (found.get((name, layout), "").ljust(7) for layout in layouts)
             lines.append("  ".join([name.ljust(width), *cells]).rstrip())
-        for result in self.results:
-            if result.message:
-                where = f"{result.check} ({result.layout})"
-                lines.append(f"{result.outcome}: {where}: {result.message}")
+        runs = Counter(r.check for r in self.results)
+        reasons: dict[str, list[Result]] = {}
+        for r in self.results:
+            if r.message:
+                reasons.setdefault(f"{r.outcome}: {r.message}", []).append(r)
+        for reason, results in reasons.items():
+            times = Counter(r.check for r in results)
+            checks = dict.fromkeys(
+                r.check if times[r.check] == runs[r.check] else f"{r.layout}-{r.check}"
+                for r in results
+            )
+            lines += [reason, *textwrap.wrap(", ".join(checks), **_INDENTED)]
         counts = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
         lines.append(f"{len(names)} checks on {' and '.join(layouts)}: {counts}")
         return "\n".join(lines)
@@ -128,9 +142,9 @@ def all_checks() -> tuple[Check, ...]:
             name=name.removeprefix("check_"),
             function=function,
             claim=(function.__doc__ or "").strip().splitlines()[0],
-            effects=effects_of(function),
-            about_facts=is_about_facts(function),
-            once=is_once(function),
+            effects=getattr(function, "effects", ALL_EFFECTS),
+            about_facts=hasattr(function, "about_facts"),
+            once=hasattr(function, "once"),
         )
         for module in _MODULES
         for name, function in vars(module).items()
@@ -253,7 +267,7 @@ class _Run:
             kinds = " or ".join(sorted(check.effects))
             raise Skipped(f"for methods whose effect is {kinds}; this one's is {self.spec.effect}")
         bench = Bench(self.spec, self.hparams, layout, self.catalog, self.workbench)
-        with _surroundings():
+        with torch_settings_kept(), _surroundings():
             try:
                 check.function(bench)
             except ModelError as error:
@@ -270,7 +284,7 @@ def _settings(spec: MethodSpec, given: Given) -> HyperParams:
     if TOY_PRESET not in [preset.name for preset in presets_of(spec)]:
         raise SettingError(
             f"{spec.name} has no preset '{TOY_PRESET}' with settings for the toy models. Add "
-            f"presets/{TOY_PRESET}.yaml to its plugin, or give settings."
+            f"presets/{TOY_PRESET}.yaml to its plugin."
         )
     return resolve(spec, preset=TOY_PRESET).hparams
 
@@ -320,7 +334,9 @@ def _result(run: _Run, check: Check, layout: str, expected: Mapping[str, str]) -
     except Exception as problem:
         # Foreign code: whatever it raises is what the check found.
         outcome = "failed"
-        message = f"{type(problem).__name__}: {problem} ({_where(problem, run.spec.target)})"
+        package = run.spec.target.partition(":")[0].partition(".")[0]
+        _, where = last_call(problem, {package})
+        message = f"{type(problem).__name__}: {problem} ({where})"
     reason = _reason(expected, check, layout)
     if reason is not None and outcome == "failed":
         outcome, message = "xfailed", reason
@@ -329,24 +345,10 @@ def _result(run: _Run, check: Check, layout: str, expected: Mapping[str, str]) -
     return Result(check.name, layout, outcome, time.perf_counter() - started, message)
 
 
-def _where(problem: Exception, target: str) -> str:
-    """File and line of the last call in the method's own package, or else of the last of all."""
-    calls = list(traceback.walk_tb(problem.__traceback__))
-    package = target.partition(":")[0].partition(".")[0]
-    own = [call for call in calls if _package_of(call[0]) == package]
-    frame, line = (own or calls)[-1]
-    return f"{Path(frame.f_code.co_filename).name}:{line}"
-
-
-def _package_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
 @contextlib.contextmanager
 def _surroundings() -> Iterator[None]:
     """One thread, on which tiny models run faster, and random states that nobody would choose, so
-    that seeding shows; all as before after the block."""
-    threads = torch.get_num_threads()
+    that seeding shows; these and all settings of torch are as before after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     torch.set_num_threads(1)
     random.seed(_ODD)
@@ -355,7 +357,6 @@ def _surroundings() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

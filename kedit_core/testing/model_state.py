@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -62,6 +63,24 @@ def model_state(host: ModelHost) -> ModelState:
     }
 
 
+@contextlib.contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """After the block the "torch settings" of `model_state` are as before."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    deterministic = torch.get_deterministic_debug_mode()
+    hooks = [(found, dict(found)) for found in _hook_dicts(vars(torch.nn.modules.module)).values()]
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            torch.set_deterministic_debug_mode(deterministic)
+            for found, before in hooks:
+                found.clear()
+                found.update(before)
+
+
 def differences(before: ModelState, after: ModelState, *aspects: str) -> list[str]:
     """What differs, as `aspect: name`; of all aspects unless some are named."""
     found = []
@@ -109,11 +128,11 @@ def _identity(module: nn.Module) -> object:
 
 def _hooks(attributes: Mapping[str, object]) -> dict[str, tuple[object, ...]]:
     """The keys of all hook dictionaries among an object's attributes."""
-    return {
-        name: tuple(value)
-        for name, value in attributes.items()
-        if "_hooks" in name and isinstance(value, dict)
-    }
+    return {name: tuple(hooks) for name, hooks in _hook_dicts(attributes).items()}
+
+
+def _hook_dicts(attributes: Mapping[str, object]) -> dict[str, dict[object, object]]:
+    return {n: v for n, v in attributes.items() if "_hooks" in n and isinstance(v, dict)}
 
 
 def _tokenizer(tokenizer: object) -> dict[str, object]:

@@ -32,19 +32,3 @@ def about_facts(function: F) -> F:
     """Decorator: the check is about methods that write what a request says."""
     function.__dict__["about_facts"] = True
     return function
-
-
-def is_about_facts(function: Callable[..., None]) -> bool:
-    """Whether the check is about methods that write facts only."""
-    return bool(function.__dict__.get("about_facts", False))
-
-
-def effects_of(function: Callable[..., None]) -> frozenset[Effect]:
-    """The kinds of effect that the check is for."""
-    found: frozenset[Effect] = function.__dict__.get("effects", ALL_EFFECTS)
-    return found
-
-
-def is_once(function: Callable[..., None]) -> bool:
-    """Whether the check runs for one layout only."""
-    return bool(function.__dict__.get("once", False))

@@ -9,8 +9,9 @@ from kedit_bench.metrics import answers as protocols
 from kedit_bench.metrics.answers import exact_match, word_f1
 from kedit_core.ask import Score, Text
 from kedit_core.editing import ModelView
-from kedit_core.measure import begins_with, by_family, contains, natural_end, probes_of
+from kedit_core.measure import by_family, probes_of
 from kedit_core.request import EditCase, EditRequest, Probe
+from kedit_core.texts import begins_with, contains, natural_end
 from tests.bench.asked import case, perfect, says, score, text
 
 REWRITE = "The Tower is in"
@@ -153,7 +154,7 @@ def test_probability_is_of_the_whole_answer_and_rank_of_its_first_token():
 
 
 def test_perplexity_is_exp_of_the_mean_over_cases_not_the_mean_of_exps():
-    metric = protocols.likelihood("rewrite")
+    metric = protocols.nll("rewrite")
     parts = []
     for logprob in (-1.0, -3.0):
         after = says(metric, case(), {(REWRITE,): score((1,), logprobs=(logprob,))})
@@ -169,7 +170,7 @@ def test_likelihood_and_perplexity_are_told_by_family():
         Probe(kind="portability", name=name, prompt=name, expected=("Rome",))
         for name in ("hop", "hops")
     )
-    metric = protocols.likelihood("portability")
+    metric = protocols.nll("portability")
     asked = case(hop, hops)
     said = {("hop",): score(logprobs=(-1.0,)), ("hops",): score(logprobs=(-3.0,))}
 

@@ -18,12 +18,12 @@ from kedit_bench.journal import Journal
 from kedit_bench.regime import Regime
 from kedit_bench.results import score_journal, write_result
 from kedit_bench.run import Run
-from kedit_bench.scoring import Scorer
+from kedit_bench.scoring import MetricError, MissingAnswerError, Scorer
 from kedit_bench.unedited import Asker
-from kedit_core import EditCase, EditRequest, HyperParams, Probe, hookimpl
+from kedit_core import CaseScore, EditCase, EditRequest, HyperParams, Probe, hookimpl
 from kedit_core.ask import Sample, Score, Text, answer_to_json, question_to_json
 from kedit_core.editing import EditJob, EditSession, ModuleSwap, Patch
-from kedit_core.errors import DataError, EditError, SettingError
+from kedit_core.errors import DataError, EditError, ModelError, SettingError
 from kedit_core.numerics.values import VALUES
 from kedit_core.plugins import discover
 from tests.bench.fakes import LAST, PICKY, WHERE, OnlyTheLast, cell, scorer, toy_cases
@@ -305,6 +305,72 @@ def test_an_edit_that_fails_counts_as_no_edit(session, tmp_path):
 
     assert kept.failed == {0: "The edit fails."}
     assert found[TF, "immediate"] == pytest.approx(0.5)
+
+
+class Explodes(OnlyTheLast):
+    """Fails in a way that its author has not thought of, at the second request."""
+
+    error: ClassVar[Exception]
+
+    def edit(self, job: EditJob) -> Patch:
+        if "second" in job.requests[0].text:
+            raise self.error
+        return super().edit(job)
+
+
+EXPLODES = replace(LAST, name="explodes", method=Explodes)
+SECOND = EditCase(request=EditRequest(prompt="A second", subject="A", target_new="Lima"))
+
+
+@pytest.mark.parametrize("regime", ["single", "sequential"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("shapes differ"), "RuntimeError: shapes differ"), (KeyError(3), "KeyError: 3")],
+)
+def test_an_edit_that_fails_in_any_way_counts_as_no_edit(
+    regime, error, told, session, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(Explodes, "error", error, raising=False)
+    first, last = toy_cases(2, session.host)
+    made = cell(tmp_path, regime, EXPLODES)
+    caplog.set_level("DEBUG", "kedit_bench")
+    run(made, session, [first, SECOND, last])
+
+    found = score_journal(made.journal, [first, SECOND, last], made.scorer)
+    assert found.failed == {1: told}
+    assert (found.cases, len(found.seconds)) == (3, 2)
+    assert f"explodes failed, which counts as no edit: {told}" in caplog.messages
+    assert any(record.exc_info and record.exc_info[1] is error for record in caplog.records)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError("full")])
+def test_an_edit_without_memory_is_made_again_where_there_is_more(
+    error, session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Explodes, "error", error, raising=False)
+    cases = [*toy_cases(1, session.host), SECOND]
+    made = cell(tmp_path, "single", EXPLODES)
+    with pytest.raises(ModelError, match=r"explodes ran out of memory \(full\)\. Where there is"):
+        run(made, session, cases)
+    assert [line["n"] for line in made.journal.lines()] == [0]
+
+    run(cell(tmp_path, "single"), session, cases)
+    assert [line["n"] for line in made.journal.lines()] == [0, 1]
+
+
+def test_a_method_that_fails_in_its_preparation_fails_in_its_edits(session, tmp_path):
+    class Unwell(OnlyTheLast):
+        def prepare(self, job) -> None:
+            raise ZeroDivisionError("of nothing")
+
+        edit = prepare
+
+    cases = toy_cases(1, session.host)
+    made = cell(tmp_path, "single", replace(LAST, name="unwell", method=Unwell))
+    made.run(session, Asker(session), cases)
+
+    result = write_result(tmp_path, {}, cases, made.scorer)
+    assert result["failed"] == {"0": "ZeroDivisionError: of nothing"}
 
 
 def test_an_edit_that_fails_in_a_sequence_leaves_those_before_it_in_force(session, tmp_path):
@@ -663,6 +729,65 @@ def test_a_case_that_is_left_out_says_nothing_about_the_edited_model(session, tm
         ("unedited", None),
         ("immediate", 1),
     ]
+
+
+class Measures:
+    """Can measure the unedited model only, or none."""
+
+    def __init__(self, *, none: bool = False) -> None:
+        self._none = none
+
+    def measure(self, session):
+        if self._none or session.is_edited:
+            raise RuntimeError("no such matrix")
+        return {"": 1.0}
+
+
+def with_metric(metric) -> Scorer:
+    (chosen,) = scorer(TF).chosen
+    return Scorer([chosen, replace(chosen, name="mine", metric=metric)], WHERE)
+
+
+def test_a_metric_that_cannot_measure_the_edited_model_has_no_scores(session, tmp_path):
+    cases = toy_cases(2, session.host)
+    made = cell(tmp_path, "single", metrics=with_metric(Measures()))
+    made.run(session, Asker(session), cases)
+    result = write_result(tmp_path, {}, cases, made.scorer)
+
+    assert result["broken"] == {
+        "mine": "The metric mine failed in measure(): RuntimeError: no such matrix."
+    }
+    assert {score["protocol"]["metric"] for score in result["scores"]} == {TF}
+    assert {score["cases"] for score in result["scores"]} == {2}
+    with pytest.raises(MissingAnswerError, match="does not hold the answers that mine needs"):
+        score_journal(made.journal, cases, with_metric(Measures()))
+
+
+def test_a_metric_that_cannot_measure_the_unedited_model_fails_before_the_first_edit(
+    session, tmp_path
+):
+    made = cell(tmp_path, "single", metrics=with_metric(Measures(none=True)))
+    with pytest.raises(MetricError, match=r"mine failed in measure\(\): RuntimeError: no such"):
+        made.run(session, Asker(session), toy_cases(1, session.host))
+
+    assert list(made.journal.lines()) == []
+
+
+def test_observers_miss_a_case_that_cannot_be_scored_and_the_evaluation_goes_on(toy_host, tmp_path):
+    class Unable:
+        def questions(self, case):
+            return []
+
+        def score(self, case, before, after):
+            return {"": CaseScore(1 / (case != cases[0]))}
+
+    seen, made = [], cell(tmp_path, "single", metrics=with_metric(Unable()))
+    session = EditSession(toy_host("llama"), catalog=discover([("o", observer(seen))]))
+    cases = toy_cases(2, session.host)
+    made.run(session, Asker(session), cases)
+
+    assert [event.case for event in seen] == cases[1:]
+    assert write_result(tmp_path, {}, cases, made.scorer)["broken"].keys() == {"mine"}
 
 
 def test_figures_of_the_model_survive_a_crash(session, tmp_path):

@@ -110,7 +110,7 @@ def bare_logits(host: ModelHost, ids: Sequence[int]) -> Tensor:
 
 # -- a model that knows the answer -----------------------------------------------------------------
 
-ANSWER_PROTOCOLS = sorted(f for f, *_ in PROTOCOLS.values() if f not in ("likelihood", "rank"))
+ANSWER_PROTOCOLS = sorted(p.replace("-", "_") for p in PROTOCOLS if p not in ("nll", "rank"))
 KNOWN = [
     ("The Tower is in", "a"),
     ("The Tower is in", "Paris"),
@@ -169,7 +169,7 @@ def test_a_model_that_knows_the_answer_is_sure_of_it(tokenizers, prompt, target)
     host = knowing(tokenizers[True], prompt, target)
 
     assert value_of("rank", host, prompt, target) == 0
-    assert value_of("likelihood", host, prompt, target) == pytest.approx(0, abs=1e-3)
+    assert value_of("nll", host, prompt, target) == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("protocol", ANSWER_PROTOCOLS)
@@ -316,7 +316,7 @@ def test_an_answer_of_300_tokens_is_read_to_its_end():
     total = float(logprobs.double().sum())
     assert (len(found.tokens), found.cut) == (end, False)
     assert sum(found.logprobs) == pytest.approx(total, rel=1e-6)
-    assert value_of("likelihood", host, prompt, target) == pytest.approx(-total / end, rel=1e-6)
+    assert value_of("nll", host, prompt, target) == pytest.approx(-total / end, rel=1e-6)
     hits = bare_logits(host, ids).argmax(-1)[given - 1 : -1] == torch.tensor(ids[given:])
     assert value_of("teacher_forced", host, prompt, target) == float(hits.double().mean())
     assert value_of("greedy_cut", host, prompt, target) is None  # longer than what is written

@@ -1,4 +1,4 @@
-"""What tells the data of one run from those of another."""
+"""What tells the data of one run from those of another, and its methods from one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kedit_bench.results import scorer_of
-from kedit_bench.run import digest_of
+from kedit_bench.run import Run, digest_of
 from kedit_core import DataError
 
 IDENTITY = {
@@ -72,6 +72,41 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match=r"'hub:a/b' is read with .*: pip install datasets\."):
         digest_of("hub:a/b")
+
+
+LONG = "simie:base_settings={" + ", ".join(f"k{n}: é{n}" for n in range(60)) + "}"
+
+
+@pytest.mark.parametrize("label", ["rome", "rome:layer=3,lr=0.1", LONG])
+def test_a_method_finds_its_folder_again(label, tmp_path):
+    about = {"label": label, "hparams": {"layer": 3}}
+    folder = Run(tmp_path).cell_folder(label, about)
+
+    assert Run(tmp_path).cell_folder(label, about) == folder
+    assert Run(tmp_path).cells() == [folder]
+    assert Run(tmp_path).about(folder) == about
+    with pytest.raises(DataError, match="other settings"):
+        Run(tmp_path).cell_folder(label, about | {"hparams": {"layer": 4}})
+
+
+@pytest.mark.parametrize(("one", "other"), [("m:a=1,b=2", "m:a=1:b=2"), (LONG, LONG + " ")])
+def test_methods_with_similar_labels_have_folders_of_their_own(one, other, tmp_path):
+    run = Run(tmp_path)
+    folders = [run.cell_folder(label, {"label": label}) for label in (one, other)]
+
+    assert folders[0] != folders[1]
+    assert [run.cell_folder(label, {"label": label}) for label in (one, other)] == folders
+
+
+@pytest.mark.parametrize("content", ['{"label": "ro', "[1]", "7"])
+def test_a_damaged_cell_is_told_with_its_file(content, tmp_path):
+    run = Run(tmp_path)
+    cell = run.cell_folder("rome", {"label": "rome"})
+    (cell / "cell.json").write_text(content)
+
+    for use in (run.about, lambda cell: run.cell_folder("rome", {"label": "rome"})):
+        with pytest.raises(DataError, match=r"cell\.json cannot be read: .* Remove its folder"):
+            use(cell)
 
 
 def named(**changed) -> str:

@@ -16,11 +16,11 @@ from kedit_bench.metrics.zsre import ZsreHarness
 from kedit_core.ask import Divergence, Read, Text
 from kedit_core.editing import ModelView
 from kedit_core.errors import SettingError
-from kedit_core.measure import ngram_entropy
 from kedit_core.plugins import discover
 from kedit_core.request import EditCase, EditRequest, Probe
 from kedit_core.spec import MetricSpec
 from kedit_core.testing.toys import toy_facts
+from kedit_core.texts import ngram_entropy
 from tests.bench.asked import case, says, score, text
 
 

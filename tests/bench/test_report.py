@@ -9,6 +9,7 @@ from kedit_bench.report import (
     cases_note,
     effort_rows,
     identity_rows,
+    kept_note,
     notes,
     plots,
     retention,
@@ -224,6 +225,32 @@ def test_metrics_that_no_method_has_a_score_of_are_told_by_the_kind_of_their_pro
     assert unscored_notes([without, result("b", *told(4, 4))]) == [
         "hops@1, steps@1: no case has a probe of kind portability that can be scored."
     ]
+
+
+def test_a_metric_that_names_no_probes_may_have_nothing_to_score():
+    assert unscored_notes([result("a", unscored={"mine@1": ""})]) == [
+        "mine@1: no case has anything that it scores."
+    ]
+
+
+def test_a_metric_that_failed_is_told():
+    told = {"plugin": "p", "hparams": {}, "failed": {}, "merged_answers": 0, "cut_prompts": 0}
+    broken = result("a", **told, broken={"mine@1": "The metric mine@1 failed."})
+
+    found = dict(notes(SimpleNamespace(left_out=list), [broken]))
+
+    assert found["Flags"] == ["`a`: The metric mine@1 failed."]
+
+
+def test_where_no_edit_was_timed_there_are_no_seconds():
+    effort = {"cases": 6, "seconds_per_edit": None, "seconds": 0, "kept_targets": 6}
+    effort |= {"peak_host_bytes": 0, "peak_device_bytes": None}
+
+    assert effort_rows([result("a", **effort)])[1][0][2:5] == ("–", "–", "–")
+    assert kept_note(result("a", **effort)) == (
+        "a: 6 cases were edited in steps that took targets kept from earlier edits, so their "
+        "seconds do not count."
+    )
 
 
 def test_a_run_of_an_earlier_version_may_have_no_metric():

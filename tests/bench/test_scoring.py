@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, replace
+from types import ModuleType
 
 import pytest
 
@@ -13,17 +14,21 @@ from kedit_bench.scoring import (
     UNEDITED,
     Mean,
     Measurement,
+    MetricError,
+    MissingAnswerError,
     Protocol,
     Scorer,
     Tally,
     choose_metrics,
 )
-from kedit_core.errors import DataError, SettingError, UnknownNameError
+from kedit_core import hookimpl
+from kedit_core.ask import Read
+from kedit_core.errors import DataError, PluginError, SettingError, UnknownNameError
 from kedit_core.plugins import discover
 from kedit_core.protocols import CaseScore
 from kedit_core.request import Probe
-from kedit_core.spec import DatasetSpec
-from tests.bench.asked import case, perfect
+from kedit_core.spec import DatasetSpec, MetricSpec
+from tests.bench.asked import case, perfect, score
 
 WHERE = {"schedule": "single", "model": "m", "dtype": "float32", "dataset": "d"}
 PROTOCOL = Protocol(
@@ -160,7 +165,9 @@ def test_a_figure_counts_the_cases_of_the_part_that_it_is_made_of():
     assert counted["hops.perplexity"] == counted["hops"] == (1, 1)
 
 
-@pytest.mark.parametrize("returned", [1.0, None, {"": 1.0}, [CaseScore(1.0)]])
+@pytest.mark.parametrize(
+    "returned", [1.0, None, {"": 1.0}, [CaseScore(1.0)], {"": CaseScore("0.5")}]
+)
 def test_a_metric_that_returns_no_scores_is_one_sentence(returned):
     class Wrong:
         def questions(self, case):
@@ -173,8 +180,82 @@ def test_a_metric_that_returns_no_scores_is_one_sentence(returned):
     wrong = Scorer([replace(chosen, name="mine@1", metric=Wrong())], WHERE)
 
     says = f"The metric mine@1 returned {returned!r}; score() must return a mapping from parts"
-    with pytest.raises(DataError, match=re.escape(says)):
+    with pytest.raises(MetricError, match=re.escape(says)):
         wrong.unchanged(case(), {})
+
+
+class Mine:
+    """A metric whose questions and scores are given."""
+
+    def __init__(self, questions=(), score=None) -> None:
+        self._questions, self._score = questions, score
+
+    def questions(self, case):
+        return self._questions
+
+    def score(self, case, before, after):
+        return self._score(before)
+
+
+def with_mine(metric) -> Scorer:
+    (chosen,) = scorer("efficacy/teacher-forced@1").chosen
+    return Scorer([replace(chosen, name="mine@1", metric=metric), chosen], WHERE)
+
+
+@pytest.mark.parametrize(
+    ("questions", "reason"),
+    [
+        (None, "TypeError: 'NoneType' object is not iterable"),
+        ("Q", "TypeError: 'Q' is no question"),
+        (Read("Q", "Rome"), "TypeError: 'Read' object is not iterable"),
+        ([Read("Q", "Rome"), "Q"], "TypeError: 'Q' is no question"),
+    ],
+)
+def test_a_metric_that_cannot_ask_is_passed_over(questions, reason):
+    both = with_mine(Mine(questions))
+
+    assert both.questions(case()) == [Read("The Tower is in", "Rome")]
+    told = f"The metric mine@1 failed in questions() for the case 'The Tower is in': {reason}."
+    assert {name: str(error) for name, error in both.broken.items()} == {"mine@1": told}
+
+
+def test_a_metric_that_fails_names_itself_and_the_case():
+    def fails(before):
+        raise ZeroDivisionError("division by zero")
+
+    says = (
+        "The metric mine@1 failed in score() for the case 'The Tower is in': ZeroDivisionError: "
+        "division by zero."
+    )
+    with pytest.raises(MetricError, match=re.escape(says)):
+        with_mine(Mine(score=fails)).unchanged(case(), {})
+
+
+ASKED, OTHER = Read("Q", "Rome"), Read("Q", "Lima")
+
+
+def test_an_answer_that_was_never_asked_for_is_not_one_that_was_not_kept():
+    metric = Mine([ASKED], lambda before: {"": CaseScore(len(before[OTHER].tokens))})
+    with pytest.raises(MetricError, match=r"mine@1 looked up the answer to .*Lima.*, which it did"):
+        with_mine(metric).unchanged(case(), {ASKED: score()})
+
+    metric = Mine([OTHER], metric._score)
+    with pytest.raises(MissingAnswerError, match="does not hold the answers that mine@1 needs"):
+        with_mine(metric).unchanged(case(), {ASKED: score()})
+
+
+def test_what_has_neither_questions_and_scores_nor_measures_is_no_metric():
+    plugin = ModuleType("plugin")
+    spec = MetricSpec("mine/x@1", f"{__name__}:Unable", "Of a test.")
+    plugin.kedit_register_metrics = hookimpl(specname="kedit_register_metrics")(lambda: [spec])
+
+    with pytest.raises(PluginError, match=r"'mine/x@1' is no metric: .* has neither questions"):
+        choose_metrics(discover([("plugin", plugin)]), ["mine/x@1"])
+
+
+class Unable:
+    def questions(self, case):
+        return []
 
 
 def test_metrics_are_chosen_by_name_pattern_dataset_or_default():

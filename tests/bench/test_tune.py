@@ -12,14 +12,14 @@ from pydantic import Field, model_validator
 from kedit_bench.journal import Journal
 from kedit_bench.search import BudgetSpent, Score, Search, space_of
 from kedit_bench.trials import NLL, PARTS, Trials, score_of
-from kedit_bench.unedited import Asker
+from kedit_bench.unedited import Asker, SpoiltModelError
 from kedit_core import EditCase, EditRequest, HyperParams, MethodSpec
 from kedit_core.editing import EditSession
-from kedit_core.errors import DataError, MissingSettingError, SettingError
+from kedit_core.errors import DataError, EditError, MissingSettingError, SettingError
 from kedit_core.hparams import searched, searched_blocks
 from kedit_core.plugins import discover
 from kedit_core.spec import load_target
-from tests.bench.fakes import LAST, WHERE, toy_cases
+from tests.bench.fakes import LAST, WHERE, OnlyTheLast, toy_cases
 
 SINGLE = replace(LAST, max_batch=1)
 
@@ -279,6 +279,22 @@ def session(toy_host) -> EditSession:
 
 def trials(session, cases, journal, method=SINGLE) -> Trials:
     return Trials(Asker(session), method, cases, WHERE, Journal(journal))
+
+
+class Spoils(OnlyTheLast):
+    def edit(self, job):
+        next(job.host.model.parameters()).data[0, 0] += 1
+        raise EditError("The edit fails.")
+
+
+def test_a_method_that_spoils_the_model_ends_the_search(session, tmp_path):
+    measure = trials(
+        session, toy_cases(2, session.host), tmp_path / "j", replace(LAST, method=Spoils)
+    )
+
+    with pytest.raises(SpoiltModelError, match="no longer those of the unedited model"):
+        measure(HyperParams(), [0, 1])
+    assert list(Journal(tmp_path / "j").lines()) == []
 
 
 def test_the_score_is_the_harmonic_mean_of_its_parts():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
-from kedit_bench.unedited import AnswerCache, Asker, answer_key, weights_digest
+from kedit_bench.unedited import AnswerCache, Asker, SpoiltModelError, answer_key, weights_digest
 from kedit_core.ask import Continue, Diverge, Read, Sample
 from kedit_core.editing import EditSession
-from kedit_core.errors import EditError
+from kedit_core.errors import ArtifactError, EditError
+from kedit_core.testing.bench import as_request
+from kedit_core.testing.toys import toy_facts
 from tests.core.edits import bias_patch, weight_patch
 
 QUESTIONS = [
@@ -37,6 +40,27 @@ def test_a_question_is_asked_once(session, monkeypatch):
     monkeypatch.setattr(EditSession, "view", lambda self: pytest.fail("it was asked again"))
 
     assert Asker(session).unedited(QUESTIONS) == first
+
+
+def test_a_model_that_something_else_has_changed_is_no_unedited_one(session):
+    asker = Asker(session)
+    next(session.model.parameters()).data[0, 0] += 1
+    session.apply(bias_patch(session.host, 7))
+
+    with pytest.raises(SpoiltModelError, match="no longer those of the unedited model"):
+        asker.unedited(QUESTIONS)
+    assert asker.cache.get(QUESTIONS) == {}
+    assert session.is_edited
+
+
+@pytest.mark.parametrize("method", ["ft-m", "lora", "grace"])
+def test_what_an_edit_puts_into_the_model_does_not_spoil_it(session, method):
+    asker = Asker(session)
+    session.edit(method, as_request(toy_facts()[0]), preset="toy")
+
+    assert asker.unedited(QUESTIONS).keys() == set(QUESTIONS)
+    session.rollback()
+    asker.check()
 
 
 def test_the_edited_side_needs_an_edit(session):
@@ -103,6 +127,30 @@ def test_exchanged_values_change_the_digest(toy_host):
         weight[[2, 3]] = weight[[3, 2]]
 
     assert weights_digest(host) != before
+
+
+def test_a_model_with_offloaded_weights_is_asked_and_told_apart_by_its_name(toy_host):
+    expected = EditSession(toy_host("llama")).view().ask(QUESTIONS)
+    offloaded, other = toy_host("llama"), toy_host("llama")
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    for host in (offloaded, other):
+        cpu_offload(host.model.model.layers[1], execution_device=torch.device("cpu"))
+    other.name = "other"
+    asker = Asker(EditSession(offloaded))
+
+    assert asker.unedited(QUESTIONS) == expected
+    assert Asker(EditSession(other)).weights != asker.weights
+
+
+def test_a_damaged_file_of_answers_is_told(session, cache):
+    asker = Asker(session)
+    asker.unedited(QUESTIONS)
+    (file,) = (cache / "answers").iterdir()
+    file.write_text("no database at all")
+
+    with pytest.raises(ArtifactError, match=rf"{file} cannot be used: .* Delete that file"):
+        asker.unedited(QUESTIONS)
 
 
 def test_kept_answers_come_back_as_they_were(session, tmp_path):

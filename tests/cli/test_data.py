@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
-from kedit_core import DatasetSpec, LeftOut, Probe
+from kedit_core import DatasetSpec, EditCase, EditRequest, LeftOut, Probe, discover, hookimpl
 from kedit_core.cli import data, main
 
 FILES = Path(__file__).parents[2] / "plugins/kedit-zsre/tests/files"
@@ -101,6 +101,14 @@ def test_a_setting_changes_what_is_read(capsys):
     assert code == 0
     assert json.loads(true) == json.loads(variant)
     assert (json.loads(plain)["cases"], json.loads(true)["cases"]) == (3, 4)
+
+
+def test_a_path_may_begin_with_a_tilde(capsys, tmp_path, monkeypatch):
+    written(tmp_path, ROW)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert check(capsys, "zsre", "~/rows.json")[0] == 0
+    assert "~/none.json does not exist" in check(capsys, "zsre", "~/none.json")[2]
 
 
 def test_a_dataset_that_ships_with_its_plugin_needs_no_path(capsys):
@@ -205,6 +213,14 @@ def test_a_file_that_is_cut_off_is_refused_with_its_line(capsys, tmp_path):
     )
 
 
+def installed(monkeypatch, *specs: DatasetSpec) -> None:
+    """Let a plugin of the test offer datasets."""
+    plugin = ModuleType("plugin")
+    plugin.kedit_register_datasets = hookimpl(specname="kedit_register_datasets")(lambda: specs)
+    catalog = discover([("plugin", plugin)])
+    monkeypatch.setattr(data, "discover", lambda: catalog)
+
+
 class Asked:
     """A dataset of questions alone."""
 
@@ -216,13 +232,89 @@ class Asked:
 
 def test_a_dataset_of_probes_is_asked_for_them(capsys, monkeypatch):
     spec = DatasetSpec("asked", f"{__name__}:Asked", "", needs_path=False, holds="probes")
-    monkeypatch.setattr(data, "discover", lambda: SimpleNamespace(dataset=lambda _: spec))
+    installed(monkeypatch, spec)
 
     code, out, _ = check(capsys, "asked")
 
     assert code == 0
     assert cells(out)["probes"] == "2"
     assert cells(out)["rows left out"] == "1"
+
+
+REQUEST = EditRequest(prompt="The {} is in", subject="Tower", target_new="Rome")
+
+
+class Broken:
+    """A dataset that gives what it is told to."""
+
+    def __init__(self, returned=None) -> None:
+        self.cases = lambda source: returned
+
+
+class GivesDicts(Broken):
+    def __init__(self) -> None:
+        super().__init__([{"prompt": "The Tower is in", "target_new": "Rome"}])
+
+
+class GivesRequests(Broken):
+    def __init__(self) -> None:
+        super().__init__([REQUEST])
+
+
+class GivesProbes(Broken):
+    def __init__(self) -> None:
+        super().__init__([Probe(kind="rephrase", prompt="Where is it?")])
+
+
+class GivesNothing(Broken):
+    """Forgets to return what it has."""
+
+
+class CannotBeRead:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sentence"),
+    [
+        (GivesDicts, "The dataset gave an item of type dict, and EditCase or LeftOut are wanted"),
+        (GivesRequests, "gave an item of type EditRequest, and EditCase or LeftOut are wanted"),
+        (GivesProbes, "gave an item of type Probe, and EditCase or LeftOut are wanted"),
+        (GivesNothing, "The dataset returned None, from which no item can be read."),
+        (CannotBeRead, f"'{__name__}:CannotBeRead' has no cases(source)."),
+    ],
+)
+def test_an_adapter_that_gives_something_else_is_one_sentence(
+    capsys, monkeypatch, adapter, sentence
+):
+    installed(
+        monkeypatch, DatasetSpec("mine", f"{__name__}:{adapter.__name__}", "", needs_path=False)
+    )
+
+    code, out, err = check(capsys, "mine")
+
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+class Rephrasings(Broken):
+    def __init__(self) -> None:
+        kinds = ("rephrase", "rephrasing", "quiz", "quiz")
+        super().__init__(
+            [EditCase(request=REQUEST, probes=[Probe(kind=k, prompt="Where?") for k in kinds])]
+        )
+
+
+def test_probes_that_no_metric_counts_are_told(capsys, monkeypatch):
+    installed(monkeypatch, DatasetSpec("mine", f"{__name__}:Rephrasings", "", needs_path=False))
+
+    code, _, err = check(capsys, "mine")
+
+    assert code == 0
+    first, second = err.splitlines()
+    assert first == "1 probe of kind 'rephrasing' is counted by no metric. Did you mean 'rephrase'?"
+    assert second.startswith("2 probes of kind 'quiz' are counted by no metric. ")
 
 
 def test_no_model_library_is_loaded():

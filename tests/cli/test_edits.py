@@ -147,8 +147,12 @@ def test_edits_one_by_one_are_saved_each_and_go_on(kedit, model, tmp_path):
     code, _, err = kedit("stack", "remove", saved, 0)
     assert code == 1
     assert "may build on edit 0" in err
+    inodes = [file.stat().st_ino for file in sorted(saved.glob("000[01]/*"))]
     assert kedit("stack", "remove", saved, 2)[0] == 0
     assert len(json.loads(kedit("stack", "show", saved, "--json")[1])["patches"]) == 2
+    assert sorted(file.name for file in saved.iterdir()) == ["0000", "0001", "stack.json"]
+    kept = [file.stat().st_ino for file in sorted(saved.glob("000[01]/*"))]
+    assert kept == inodes  # the others are not written again
 
 
 def test_one_by_one_goes_on_at_what_is_done_with_the_same_settings(
@@ -208,6 +212,21 @@ def test_a_method_that_writes_no_facts_shows_an_answer(kedit, model, tmp_path, m
     assert code == 0, err
     assert "0 edit" not in err
     assert kedit("stack", "show", tmp_path / "s")[0] == 0
+
+
+def test_saved_edits_are_cut_to_the_terminal_and_whole_in_a_pipe(
+    kedit, model, tmp_path, monkeypatch
+):
+    prompt = "In the long and winding tale of the old town by the sea, {} lives in"
+    arguments = ["--prompt", prompt, "--subject", "Mira Voss", "--target", "Port Sable"]
+    command = ["edit", "--model", model, "--method", "ft-m", *SETTINGS, *arguments]
+    code, _, err = kedit(*command, "--save", tmp_path / "s")
+    assert code == 0, err
+    fact = f"{prompt.replace('{}', 'Mira Voss')} → Port Sable"
+
+    assert fact in kedit("stack", "show", tmp_path / "s")[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert f"{fact[:69]}…" in kedit("stack", "show", tmp_path / "s")[1]
 
 
 def test_former_answers_reach_the_request(kedit, model, tmp_path):
@@ -302,9 +321,9 @@ def test_edits_of_another_model_are_refused(kedit, model, tmp_path):
 
 def test_statistics_are_prepared_ahead(kedit, model, tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
-    code, _, err = kedit(
-        *("prepare", "--model", model, "--method", "rome", *SETTINGS, "--corpus", toy_corpus())
-    )
+    monkeypatch.setenv("HOME", str(toy_corpus().parent))
+    corpus = f"--corpus=~/{toy_corpus().name}"  # the shell leaves such a ~ alone
+    code, _, err = kedit("prepare", "--model", model, "--method", "rome", *SETTINGS, corpus)
     assert code == 0, err
     assert list((tmp_path / "cache" / "artifacts" / "second-moment").iterdir())
     code, _, err = kedit("prepare", "--model", model, "--method", "ft-m", *SETTINGS)

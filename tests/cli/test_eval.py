@@ -15,10 +15,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from kedit_bench.journal import only_one
-from kedit_core import discover, hookimpl
+from kedit_core import CaseScore, MethodSpec, MetricSpec, discover, hookimpl
+from kedit_core.ask import Read
 from kedit_core.cli import main
+from kedit_core.errors import EditError
 from kedit_core.testing.toys import toy_facts, toy_folder
 
 METRICS = ["--metric", "efficacy/teacher-forced@1", "--metric", "locality-agreement/greedy@1"]
@@ -484,6 +487,203 @@ def test_a_malformed_row_ends_it_with_file_and_line(kedit, asked, data):
 
     assert code == 2
     assert f"{data}, line 9" in err
+
+
+# -- plugins that are broken -------------------------------------------------------------------
+
+
+class Method:
+    """The least that a method is."""
+
+    def __init__(self, hparams) -> None:
+        pass
+
+    def edit(self, job):
+        raise RuntimeError("shapes differ")
+
+
+class WritesUnseen(Method):
+    def edit(self, job):
+        job.host.parameter(job.host.mlp_out(1)).data.mul_(3)
+        raise EditError("It cannot be done.")
+
+
+class Writes(Method):
+    def edit(self, job):
+        with torch.no_grad():
+            job.host.parameter(job.host.mlp_out(1)).mul_(3)
+        raise EditError("It cannot be done.")
+
+
+class Tokens:
+    """Counts the tokens of an answer that no other metric asks about."""
+
+    def questions(self, case):
+        return [Read(case.request.text, "New Haven or Lima")]
+
+    def score(self, case, before, after):
+        (asked,) = Tokens.questions(self, case)
+        return {"": CaseScore(len(after[asked].tokens))}
+
+
+class CannotAsk(Tokens):
+    def questions(self, case):
+        return None if case.request.id == "1" else super().questions(case)
+
+
+class AsksText(Tokens):
+    def questions(self, case):
+        return [case.request.text]
+
+
+class CannotScore(Tokens):
+    def score(self, case, before, after):
+        return super().score(case, before, after) if case.request.id == "0" else {}["x"]
+
+
+class ScoresText(Tokens):
+    def score(self, case, before, after):
+        return {"": CaseScore("0.5")}
+
+
+class CannotCombine(Tokens):
+    def combine(self, means):
+        return {"double": 2 * means["x"]}
+
+
+class LooksElsewhere(Tokens):
+    def questions(self, case):
+        return [Read(case.request.text, "New Haven or Rome")]
+
+
+def name_of(made: type) -> str:
+    name = made.__name__.lower()
+    return name if issubclass(made, Method) else f"mine/{name}@1"
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Lets a plugin of the test offer methods and metrics; they are called as in `name_of`."""
+
+    def offer(*classes):
+        module = ModuleType("plugin")
+        for kind, spec, base in (("methods", MethodSpec, Method), ("metrics", MetricSpec, Tokens)):
+            more = {"hparams": "kedit_core.hparams:HyperParams"} if base is Method else {}
+            specs = [
+                spec(name_of(made), f"{__name__}:{made.__name__}", "Of a test.", **more)
+                for made in classes
+                if issubclass(made, base)
+            ]
+            hook = f"kedit_register_{kind}"
+            setattr(module, hook, hookimpl(specname=hook)(lambda specs=specs: specs))
+        catalog = discover([("plugin", module)])
+        monkeypatch.setattr("kedit_bench.commands.discover", lambda: catalog)
+
+    return offer
+
+
+@pytest.fixture
+def without_preset(asked):
+    """The shared arguments without the preset, which a test's method does not have."""
+    return [argument for argument in asked if argument not in ("--preset", "toy")]
+
+
+FT_M = "ft-m:layers=[1],lr=0.01,steps=2"
+
+
+@pytest.mark.parametrize("method", [Writes, WritesUnseen])
+def test_a_method_that_spoils_the_model_ends_the_evaluation(
+    kedit, without_preset, tmp_path, plugin, method
+):
+    plugin(method)
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    common = [*without_preset, "--limit", 2]
+    name = name_of(method)
+    code, _, err = kedit(*common, "--method", name, "--method", FT_M, "--out", out)
+
+    assert code == 1, err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"{name} was not evaluated: ")
+    assert f"So {name} and what comes after it cannot be scored." in last
+    assert "as before" not in err
+    assert list(out.glob("*/result.json")) == list(out.glob("*/answers.jsonl")) == []
+
+    assert kedit(*common, "--method", FT_M, "--out", out)[0] == 0
+    assert kedit(*common, "--method", FT_M, "--out", alone)[0] == 0
+    (one,), (other,) = (list(folder.glob("*/result.json")) for folder in (out, alone))
+    assert json.loads(one.read_text())["scores"] == json.loads(other.read_text())["scores"]
+
+
+def test_a_method_whose_code_fails_is_scored_without_its_edits(
+    kedit, without_preset, tmp_path, plugin
+):
+    plugin(Method)
+    out = tmp_path / "run"
+    both = ["--method", "method", "--method", FT_M, "--limit", 2, "--out", out]
+    code, printed, err = kedit(*without_preset, *both)
+
+    assert code == 0, err
+    assert printed.splitlines()[0].split() == ["metric", "moment", "unedited", "method", FT_M]
+    told = "method failed on 2 cases, scored without the edit: RuntimeError: shapes differ"
+    assert told in err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (CannotAsk, "failed in questions() for the case 'PROMPT 1': TypeError: 'NoneType' object"),
+        (AsksText, "failed in questions() for the case 'PROMPT 0': TypeError: 'PROMPT 0' is no"),
+        (CannotScore, "failed in score() for the case 'PROMPT 1': KeyError: 'x'."),
+        (ScoresText, "returned {'': CaseScore(value='0.5', probes=1)}; score() must return"),
+        (CannotCombine, "failed in combine(): KeyError: 'x'."),
+        (LooksElsewhere, "looked up the answer to Read("),
+    ],
+)
+@pytest.mark.parametrize("regime", ["single", "sequential"])
+def test_a_metric_that_fails_does_not_stop_the_others(
+    kedit, asked, data, tmp_path, plugin, metric, told, regime
+):
+    plugin(metric, Tokens)
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:3]]
+    for number, row in enumerate(rows):
+        row["id"] = str(number)
+        told = told.replace(f"PROMPT {number}", row["prompt"].format(row["subject"]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, name = tmp_path / "run", name_of(metric)
+    common = [*asked, "--method", "ft-m", "--metric", name, "--regime", regime, "--out", out]
+    code, printed, err = kedit(*common)
+
+    assert code == 1, err
+    assert f"ft-m: The metric {name} {told}" in err.splitlines()[-1]
+    assert {line.split()[0] for line in printed.splitlines()[1:]} == set(METRICS[1::2])
+    result = json.loads((out / "ft-m" / "result.json").read_text())
+    assert scores(result, "immediate").keys() == set(METRICS[1::2])
+    assert {row["metric"] for row in rows_of(out / "ft-m" / "scores.csv")} == set(METRICS[1::2])
+    assert f"`ft-m`: The metric {name} " in (out / "report.md").read_text()
+
+    kept = (out / "ft-m" / "answers.jsonl").read_bytes()
+    again = kedit(*common)
+    assert again[0] == 1
+    assert again[1] == printed
+    assert (out / "ft-m" / "answers.jsonl").read_bytes() == kept
+    code, printed, err = kedit("eval", "rescore", out, "--metric", METRICS[1], "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(printed)["results"][0]["scores"][-1]["protocol"]["metric"] == METRICS[1]
+
+
+def test_a_metric_that_was_mended_scores_what_was_kept(kedit, asked, tmp_path, plugin, monkeypatch):
+    plugin(CannotScore)
+    out = tmp_path / "run"
+    common = [*asked, "--method", "ft-m", "--metric", name_of(CannotScore), "--out", out]
+    assert kedit(*common)[0] == 1
+
+    monkeypatch.setattr(CannotScore, "score", Tokens.score)
+    code, _, err = kedit("eval", "rescore", out)
+
+    assert code == 0, err
+    result = json.loads((out / "ft-m" / "result.json").read_text())
+    assert result["broken"] == {}
+    assert scores(result, "immediate")[name_of(CannotScore)] >= 1
 
 
 # -- runs that are killed ----------------------------------------------------------------------

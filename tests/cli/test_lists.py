@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import kedit_core
+from kedit_core import CommandSpec, MethodSpec, MetricSpec, hookimpl, plugins
 from kedit_core.cli import main
 
 LIGHT = ["list-methods", "list-datasets", "list-metrics", "list-models", "plugins"]
+EDIT_WITH_ROME = ["edit", "--model", "x", "--method", "rome", "--prompt", "x", "--target", "y"]
 
 
 def run(capsys, *arguments):
@@ -104,18 +107,102 @@ def test_an_unknown_command_is_wrong_use(capsys):
     assert "list-methods" in err
 
 
-def test_a_method_of_a_missing_plugin_names_what_to_install():
+def test_a_method_of_a_missing_plugin_names_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr("kedit_core.plugins._entry_points", list)
+
+    code, _, err = run(capsys, *EDIT_WITH_ROME)
+    assert code == 2
+    assert "pip install kedit-rome" in err
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Adds a plugin module to those that are installed."""
+
+    def add(module):
+        point = SimpleNamespace(
+            name=module.__name__,
+            group="kedit.plugins.v1",
+            dist=SimpleNamespace(name=f"kedit-{module.__name__}", version="1"),
+            load=lambda: module,
+        )
+        installed = plugins._entry_points()
+        monkeypatch.setattr("kedit_core.plugins._entry_points", lambda: [*installed, point])
+
+    return add
+
+
+def module_of(**specs):
+    """A plugin module with these registrations."""
+    module = ModuleType("odd")
+    for kind, given in specs.items():
+        setattr(module, f"kedit_register_{kind}", hookimpl(lambda given=given: given))
+    return module
+
+
+@pytest.mark.parametrize("command", LIGHT[:4])
+def test_a_list_tells_which_plugins_do_not_work(capsys, plugin, command):
+    assert run(capsys, command)[2] == ""
+    plugin(module_of(methods=[MethodSpec("memit", "a:B", "Another one.")]))
+
+    for arguments in ([command], [command, "--json"]):
+        code, out, err = run(capsys, *arguments)
+        assert code == 0
+        assert "memit " not in out
+        assert err == ("Plugins that do not work: kedit-memit, kedit-odd (see `kedit plugins`).\n")
+
+
+def test_many_names_of_a_kind_are_counted_for_people_and_listed_for_programs(capsys, plugin):
+    names = [f"n{number}/greedy@1" for number in range(5)]
+    metrics = [MetricSpec(name, "a:B", "A metric.") for name in names]
+    plugin(module_of(methods=[MethodSpec("odd", "a:B", "A method.")], metrics=metrics))
+
+    _, out, _ = run(capsys, "plugins")
+    (line,) = (line for line in out.splitlines() if line.startswith("odd "))
+    assert line.endswith(" 1 method: odd; 5 metrics: n0/greedy@1, n1/greedy@1, n2/greedy@1, …")
+    (entry,) = (e for e in json.loads(run(capsys, "plugins", "--json")[1]) if e["name"] == "odd")
+    assert entry["offers"] == ["method odd", *(f"metric {name}" for name in names)]
+
+
+def test_an_error_of_a_plugin_is_one_sentence_with_its_place(capsys, plugin, tmp_path, monkeypatch):
+    (tmp_path / "luckless").mkdir()
+    (tmp_path / "luckless" / "__init__.py").touch()
+    (tmp_path / "luckless" / "command.py").write_text(
+        "import json\n\ndef odd():\n    raise_it()\n\ndef raise_it():\n    json.loads('{')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = module_of(commands=[CommandSpec("odd", "luckless.command:odd", "A command.")])
+    module.__name__ = "luckless"
+    plugin(module)
+
+    code, out, err = run(capsys, "odd")
+
+    assert (code, out) == (1, "")
+    assert err == (
+        "kedit: luckless failed in command.py:7 (JSONDecodeError: Expecting property name enclosed "
+        "in double quotes: line 1 column 2 (char 1)). Add --debug to see the traceback.\n"
+    )
+    with pytest.raises(ValueError, match="Expecting property name"):
+        main(["odd", "--debug"])
+
+
+def test_an_error_of_kedit_itself_is_told_as_its_own(capsys, monkeypatch):
+    monkeypatch.setattr("kedit_core.hparams.presets_of", lambda spec: spec.nothing)
+
+    code, _, err = run(capsys, "presets", "rome")
+
+    assert code == 1
+    assert err.startswith("kedit: kedit failed in presets.py:")
+    assert "AttributeError: 'MethodSpec' object has no attribute 'nothing'" in err
+
+
+def test_a_method_that_the_environment_leaves_out_says_so():
     environment = os.environ | {"KEDIT_PLUGINS": "kedit"}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from kedit_core.cli import main; main()",
-            *["edit", "--model", "x", "--method", "rome", "--prompt", "x", "--target", "y"],
-        ],
+        [sys.executable, "-c", "from kedit_core.cli import main; main()", *EDIT_WITH_ROME],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 2
-    assert "pip install kedit-rome" in done.stderr
+    assert "'rome' is left out by the environment variable KEDIT_PLUGINS" in done.stderr

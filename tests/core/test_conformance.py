@@ -21,10 +21,11 @@ from kedit_core.forward import run_until
 from kedit_core.numerics.losses import mean_nll
 from kedit_core.numerics.ridge import inverse_by
 from kedit_core.numerics.solve import rank_one_factors
+from kedit_core.numerics.states import states_at_marks
 from kedit_core.numerics.stats import moment_factors
-from kedit_core.numerics.trace import states_at_marks
 from kedit_core.numerics.values import ValueSettings, ValueTask, optimise_values
 from kedit_core.testing import all_checks, parametrize_checks, run_checks
+from kedit_core.testing.conformance import Report, Result
 from kedit_core.tokens import Row, join, pad, rewrite_row
 
 SEEN: list[str] = []
@@ -241,6 +242,18 @@ class BreaksOnTheToys(Bias):
         raise SiteError("There is no such layer.")
 
 
+class ChangesTorch(Bias):
+    """Leaves the settings of torch changed."""
+
+    def edit(self, job: EditJob) -> Patch:
+        patch = super().edit(job)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.use_deterministic_algorithms(True)
+        torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: None)
+        return patch
+
+
 class BreaksInTorch(Bias):
     def edit(self, job: EditJob) -> Patch:
         torch.nn.Linear(2, 2)(torch.ones(3))
@@ -324,6 +337,37 @@ def test_each_fault_is_caught_by_its_check(cls):
     assert not (caught - FAULTS[cls]) & innocent
 
 
+def test_changed_settings_of_torch_are_caught_by_their_check_alone():
+    before = _torch_settings()
+
+    report = run_checks(
+        spec_of(ChangesTorch, effect="calls"),
+        {},
+        layouts=("gpt2",),
+        only=(
+            "patch_says_where_it_comes_from",
+            "computing_leaves_no_hook",
+            "computing_leaves_global_settings_of_torch",
+            "second_edit_takes_effect",
+        ),
+    )
+
+    (failure,) = report.failures
+    assert failure.check == "computing_leaves_global_settings_of_torch"
+    for setting in ("dtype", "gradients", "deterministic", "hooks of all modules"):
+        assert f"torch settings: {setting}" in failure.message
+    assert _torch_settings() == before
+
+
+def _torch_settings() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        len(torch.nn.modules.module._global_forward_hooks),
+    )
+
+
 def test_a_wrong_effect_kind_is_caught():
     report = run_checks(
         spec_of(Insert, effect="modules"),
@@ -397,7 +441,7 @@ def test_an_unknown_check_is_answered_with_the_nearest(runner):
 
 
 def test_without_settings_a_toy_preset_is_needed():
-    with pytest.raises(SettingError, match=r"presets/toy\.yaml"):
+    with pytest.raises(SettingError, match=r"Add presets/toy\.yaml to its plugin\.$"):
         run_checks(spec_of(Insert))
 
 
@@ -459,8 +503,40 @@ def test_the_table_names_each_check_and_each_failure():
     assert lines[0] == ["prints", "gpt2", "llama"]
     assert ["settings_are_described", "passed"] in lines
     assert ["nothing_is_printed", "failed", "failed"] in lines
-    assert "nothing_is_printed (llama): it printed" in table
+    assert "failed: it printed 'editing " in table
+    assert "    nothing_is_printed" in table.splitlines()
     assert report.as_data()["results"][0]["check"] == report.results[0].check
+
+
+def test_the_table_tells_one_reason_once():
+    report = run_checks(
+        spec_of(BreaksOnTheToys, effect="calls"),
+        {},
+        only=("second_edit_takes_effect", "computed_numbers_are_finite", "nothing_is_printed"),
+    )
+
+    table = report.table()
+    assert len(report.failures) == 6
+    assert table.count("There is no such layer.") == 1
+    assert table.splitlines()[-3:-1] == [
+        "failed: SiteError: There is no such layer. (test_conformance.py:"
+        f"{inspect.getsourcelines(BreaksOnTheToys.edit)[1] + 1})",
+        "    computed_numbers_are_finite, nothing_is_printed, second_edit_takes_effect",
+    ]
+
+
+def test_the_table_names_the_layout_of_a_reason_that_not_all_share():
+    results = (
+        Result("sings", "gpt2", "failed", 0.0, "out of tune."),
+        Result("sings", "llama", "passed", 0.0),
+        Result("runs", "gpt2", "failed", 0.0, "out of tune."),
+    )
+
+    assert Report("odd", results).table().splitlines()[-3:] == [
+        "failed: out of tune.",
+        "    gpt2-sings, runs",
+        "2 checks on gpt2 and llama: 2 failed, 1 passed",
+    ]
 
 
 def test_there_are_many_checks_and_each_says_what_it_claims():

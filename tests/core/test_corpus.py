@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import types
 
@@ -20,6 +21,15 @@ def test_cells_without_text_are_left_out(monkeypatch):
     rows = [{"text": text} for text in ("one", None, "  ", 3, "two")]
     datasets_with(monkeypatch, lambda *args, **kwargs: rows)
     assert list(Corpus("some/set").documents()) == ["one", "two"]
+
+
+def test_a_file_may_begin_with_a_tilde_and_is_known_by_its_content(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("one\n\ntwo\n")
+
+    corpus = Corpus("~/text.txt")
+    assert list(corpus.documents()) == ["one\n", "two\n"]
+    assert corpus.key() == {"file": hashlib.sha256(b"one\n\ntwo\n").hexdigest()}
 
 
 def test_a_column_that_is_not_there_is_named(monkeypatch):

@@ -1,11 +1,12 @@
 """Sentence embeddings are made by one model in a process."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from kedit_core import encoder
+from kedit_core import SettingError, encoder
 from kedit_core.encoder import Encoder
 
 pytest.importorskip("sentence_transformers")
@@ -42,7 +43,7 @@ def test_loading_leaves_random_numbers_alone():
 
 
 def test_fingerprint_is_that_of_the_weights(tmp_path):
-    for file in encoder.Path(encoder._default_folder()).iterdir():
+    for file in Path(encoder._default_folder()).iterdir():
         (tmp_path / file.name).symlink_to(file)
 
     assert Encoder(str(tmp_path)).fingerprint == Encoder().fingerprint
@@ -51,3 +52,13 @@ def test_fingerprint_is_that_of_the_weights(tmp_path):
         next(Encoder(str(tmp_path))._model.parameters()).view(-1)[0] += 1
     encoder._fingerprint.cache_clear()
     assert Encoder(str(tmp_path)).fingerprint != Encoder().fingerprint
+
+
+def test_damaged_weights_are_one_sentence(tmp_path):
+    for file in Path(encoder._default_folder()).iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model.safetensors").write_bytes(b"{}")
+
+    with pytest.raises(SettingError, match=f"The encoder '{tmp_path}' cannot be loaded: "):
+        Encoder(str(tmp_path)).embed(["one"])

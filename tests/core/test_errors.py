@@ -1,9 +1,18 @@
 """Messages that name the nearest word, and the exit code of each kind of error."""
 
+import json
+
 import pytest
 
 from kedit_core import errors
-from kedit_core.errors import EditError, KEditError, did_you_mean, nearest
+from kedit_core.errors import (
+    EditError,
+    KEditError,
+    did_you_mean,
+    last_call,
+    nearest,
+    reason_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,29 @@ def test_nothing_known_is_said():
 
 def test_a_generator_of_words_is_enough():
     assert did_you_mean("rom", (word for word in ("rome", "memit"))) == "Did you mean 'rome'?"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("one\ntwo"), "one"),
+        (OSError("\n one \n"), "one"),
+        (OSError(), "OSError()"),
+        (ValueError(" "), "ValueError(' ')"),
+    ],
+)
+def test_a_reason_is_the_first_line_or_the_error_itself(error, reason):
+    assert reason_of(error) == reason
+
+
+def test_the_last_call_is_that_of_the_first_packages_that_have_one():
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        json.loads("{")
+
+    error = caught.value
+    package, where = last_call(error, {"nowhere"}, {"tests"}, {"json"})
+    assert (package, where.partition(":")[0]) == ("tests", "test_errors.py")
+    assert last_call(error, {"nowhere"})[0] == last_call(error)[0] == "json"
 
 
 def test_only_a_failed_edit_exits_with_one():

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as bars
 
 from kedit_core.errors import ModelError, SiteError, UnknownNameError
 from kedit_core.host import ModelHost
@@ -70,6 +71,19 @@ def test_folder_is_loaded_as_it_was_saved(saved, family):
     loaded = host.model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in original.state_dict().items())
     assert (host.config["hidden_size"], len(host.blocks)) == (HIDDEN, 3)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bar_without_a_terminal_and_leaves_the_setting(saved, capfd, shown):
+    was_shown = bars.is_progress_bar_enabled()
+    (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
+    try:
+        ModelHost.load(str(saved / "llama"), device="cpu")
+
+        assert "Loading weights" not in capfd.readouterr().err
+        assert bars.is_progress_bar_enabled() is shown
+    finally:
+        (bars.enable_progress_bar if was_shown else bars.disable_progress_bar)()
 
 
 def test_encoder_decoder_is_loaded_with_its_head(saved):
@@ -150,6 +164,15 @@ def test_type_that_the_machine_cannot_compute_is_refused_before_reading(folder, 
         "This machine cannot compute in torch.bfloat16 on cpu (could not create a primitive). "
         "Use --dtype float32."
     )
+
+
+def test_a_machine_that_gives_no_reason_is_named_with_its_error(folder, monkeypatch):
+    def linear(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+
+    assert "on cpu (RuntimeError())." in problem(folder, device="cpu", dtype="bfloat16")
 
 
 def test_so_is_a_checkpoint_of_that_type(tmp_path, no_bfloat16):

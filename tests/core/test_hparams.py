@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pydantic
@@ -176,6 +177,12 @@ def test_unknown_preset_is_answered_with_the_nearest(odd):
         ("methods: [odd]\nsettings: {}\n", "the keys are methods, source, fits and settings"),
         ("methods: [odd]\nsource: x\nsettings: {}\nfit: {}\n", "the keys are methods, source"),
         ("methods: [odd]\nsource: x\nsettings:\n", "`settings` is no mapping"),
+        ("methods: [odd]\nsource: x\nfits: [1]\nsettings: {}\n", "`fits` is no mapping"),
+        ("methods: [odd]\nsource: 5\nsettings: {}\n", "`source` is no text"),
+        *(
+            (f"methods: {given}\nsource: x\nsettings: {{}}\n", "`methods` is no list of names")
+            for given in ("odd", "", "[]", "[1]", "{odd: 1}")
+        ),
         ("- odd\n", "broken.yaml is no mapping"),
         ("methods: [odd\n", "broken.yaml is not YAML"),
     ],
@@ -186,6 +193,24 @@ def test_malformed_preset_is_named(odd, presets, text, words):
     message = problem(odd, preset="big")
     assert words in message
     assert "broken.yaml" in message
+
+
+def test_package_of_presets_that_does_not_exist_is_named(odd, odder):
+    mistaken = replace(odd, presets="oddpkg.preset"), replace(odder, presets="no_such.presets")
+
+    for spec, problem in zip(
+        mistaken,
+        (
+            "The presets of odd, 'oddpkg.preset', cannot be imported: the package 'oddpkg' has no "
+            "module 'oddpkg.preset'.",
+            "The presets of odder, 'no_such.presets', cannot be imported: it needs the package "
+            "'no_such', which is not installed.",
+        ),
+        strict=True,
+    ):
+        with pytest.raises(PluginError) as caught:
+            presets_of(spec)
+        assert str(caught.value) == problem
 
 
 def test_preset_with_an_unknown_key_is_named(odd, presets):
@@ -276,6 +301,10 @@ def test_file_may_be_a_preset_of_the_method(odd, odder, tmp_path):
 
     assert resolve(odd, file=file, config=WIDE).hparams.layer == 9
     assert "a preset of odd, not odder" in problem(odder, file=file, config=WIDE)
+    file.write_text("methods: odd\nsource: Tuned.\nsettings: {layer: 9}\n")
+    assert problem(odd, file=file) == (
+        f"Preset {file}: `methods` is no list of names, such as [rome]."
+    )
     file.write_text("methods: [odd]\nsettings: {layer: 9}\n")
     assert str(file) in problem(odd, file=file, config=WIDE)
 

@@ -17,7 +17,7 @@ def folder_of_it() -> str:
 @pytest.fixture
 def catalog(monkeypatch) -> Catalog:
     """A catalog with one model, `tiny-1m`."""
-    monkeypatch.setenv("KEDIT_PLUGINS", "none-of-them")
+    monkeypatch.setattr("kedit_core.plugins._entry_points", list)
     plugin = ModuleType("plugin")
     spec = ModelSpec("tiny-1m", f"{__name__}:folder_of_it", "Tiny.", config={"model_type": "tiny"})
 
@@ -60,6 +60,11 @@ def test_folder_may_be_relative_or_begin_with_a_tilde(catalog, folder, monkeypat
     assert locate("model", catalog) == "model"
     assert locate("./model", catalog) == "model"
     assert locate("~/model", catalog) == str(folder)
+
+
+def test_home_of_a_user_that_does_not_exist_is_no_folder(catalog):
+    with pytest.raises(ModelError, match="folder ~nobody-of-that-name/model does not exist"):
+        check("~nobody-of-that-name/model", catalog)
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.model", "vocab.json", "spiece.model"])

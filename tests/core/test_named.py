@@ -163,6 +163,7 @@ def test_what_the_target_refuses_is_the_users_mistake(monkeypatch):
     with pytest.raises(SettingError) as caught:
         create(spec_of(refuses, monkeypatch), {"count": "9"})
     assert str(caught.value) == "'jsonl' refuses its settings: 9 are too many."
+    assert caught.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_name == "refuses"
 
 
 def test_settings_of_a_variant_can_be_given_too(monkeypatch):

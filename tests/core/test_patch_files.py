@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kedit_core.editing import EditSession, ModelHost, ModuleSwap, Patch, Site, WeightDelta
+from kedit_core.editing import (
+    CallEffect,
+    EditSession,
+    ModelHost,
+    ModuleSwap,
+    Patch,
+    Site,
+    WeightDelta,
+)
 from kedit_core.errors import PatchError
 from tests.core.edits import (
     based,
@@ -350,10 +358,30 @@ def test_what_is_no_saved_session_is_not_overwritten(session, tmp_path):
     assert (tmp_path / "empty/stack.json").is_file()
 
 
-def test_notes_that_are_no_json_are_refused_when_saved(session, tmp_path):
-    patch = Patch("by-hand", weight_patch(session.host, 1).effects, notes={"loss": torch.ones(1)})
-    session.apply(patch)
-    for save in (patch.save, session.save):
-        with pytest.raises(PatchError, match="cannot be saved"):
-            save(tmp_path / "edits")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"effects": (None,)}, "None in the by-hand patch is no effect"),
+        ({"state": {"count": 3}}, "State 'count' of the by-hand patch is no tensor"),
+        ({"notes": {"loss": torch.ones(1)}}, "Note 'loss' .* is no JSON value: .* Tensor"),
+        ({"notes": {"losses": [1.0, float("nan")]}}, "Note 'losses' .* is no JSON value"),
+    ],
+)
+def test_what_could_not_be_saved_is_no_patch(parts, told):
+    with pytest.raises(PatchError, match=told):
+        Patch("by-hand", **{"effects": (), **parts})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"), [(torch.ones(2, 2, dtype=torch.int64), "torch.int64"), ([[1.0]], "list")]
+)
+def test_a_change_that_could_not_be_loaded_is_none(change, kind):
+    with pytest.raises(PatchError, match=f"w is of {kind}, not a tensor of floating point"):
+        WeightDelta(Site("w"), change)
+
+
+def test_a_config_that_is_no_json_is_refused_when_saved(session, tmp_path):
+    patch = Patch("by-hand", (CallEffect("preface", {"text": torch.ones(1)}),))
+    with pytest.raises(PatchError, match="cannot be saved"):
+        patch.save(tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -108,6 +108,25 @@ BROKEN = {
         "PluginError: it implements an unknown hook 'kedit_register_method'. "
         "Did you mean 'kedit_register_methods'?",
     ),
+    "odd-unmarked": (
+        """
+        def kedit_register_methods():
+            return []
+        """,
+        "PluginError: its function 'kedit_register_methods' is never called: put @hookimpl before "
+        "it",
+    ),
+    "odd-observer": (
+        """
+        def kedit_edit_finished(event):
+            pass
+        """,
+        "PluginError: its function 'kedit_edit_finished' is never called",
+    ),
+    "odd-own": (
+        "import odd_own.part",
+        "the package 'odd_own' has no module 'odd_own.part'",
+    ),
     "odd-argument": (
         """
         from kedit_core import hookimpl
@@ -125,6 +144,17 @@ BROKEN = {
             return [MetricSpec("m", "a:B", "A metric.")]
         """,
         "PluginError: kedit_register_methods returned MetricSpec(",
+    ),
+    "odd-kind": (
+        """
+        from kedit_core import MethodSpec, hookimpl
+        class Own(MethodSpec):
+            pass
+        @hookimpl
+        def kedit_register_methods():
+            return [Own("m", "a:B", "A method.")]
+        """,
+        "PluginError: kedit_register_methods returned Own(",
     ),
     "odd-none": (
         """
@@ -178,6 +208,16 @@ def test_plugin_for_a_later_api_is_listed_and_not_imported(crowd):
         "made for another plugin API: it registers in kedit.plugins.v2, this is kedit.plugins.v1"
     )
     assert "odd_later" not in crowd["loaded"]
+
+
+def test_a_typo_in_the_entry_point_is_told_as_one(tmp_path):
+    distribute(tmp_path, "odd-fine")
+    (tmp_path / "odd_fine-1.2.dist-info" / "entry_points.txt").write_text(
+        "[kedit.plugins.v1]\nodd-fine = odd_fine.plugn\n"
+    )
+
+    error = error_of(run(tmp_path), "odd-fine")
+    assert error == "the package 'odd_fine' has no module 'odd_fine.plugn'"
 
 
 def test_everything_else_works(crowd):
@@ -296,8 +336,9 @@ def _methods(plugin: str, *names: str) -> ModuleType:
 
 @pytest.fixture
 def alone(monkeypatch) -> None:
-    """No installed plugin is loaded."""
-    monkeypatch.setenv("KEDIT_PLUGINS", "none-of-them")
+    """No plugin is installed."""
+    monkeypatch.setattr("kedit_core.plugins._entry_points", list)
+    monkeypatch.delenv("KEDIT_PLUGINS", raising=False)
     monkeypatch.delenv("KEDIT_STRICT", raising=False)
 
 
@@ -354,6 +395,29 @@ def test_first_party_name_that_is_missing_is_answered_with_its_package(alone, ki
     )
 
 
+def test_first_party_name_that_the_environment_leaves_out_says_so(monkeypatch):
+    def point(name):
+        return SimpleNamespace(
+            name=name,
+            group="kedit.plugins.v1",
+            dist=SimpleNamespace(name=f"kedit-{name}", version="1"),
+            load=lambda: _methods(name, name),
+        )
+
+    monkeypatch.setattr("kedit_core.plugins._entry_points", lambda: [point("memit"), point("rome")])
+    monkeypatch.setenv("KEDIT_PLUGINS", "rome")
+
+    assert discover().method("rome").name == "rome"
+    with pytest.raises(UnknownNameError) as caught:
+        discover().method("memit")
+    assert str(caught.value) == (
+        "The method 'memit' is left out by the environment variable KEDIT_PLUGINS. Add 'memit' to "
+        "it, or unset it."
+    )
+    with pytest.raises(UnknownNameError, match="'alphaedit' is not installed"):
+        discover().method("alphaedit")
+
+
 def test_first_party_plugin_that_is_broken_shows_why(alone):
     broken = ModuleType("broken")
 
@@ -380,9 +444,13 @@ def test_every_first_party_package_offers_what_the_index_says():
     assert offered.items() <= first_party().items()
 
 
-def test_target_that_fails_to_import_says_what_to_install():
-    with pytest.raises(PluginError, match=r"'not_here.x:Y' cannot be imported.*install 'not_here'"):
+def test_target_that_fails_to_import_says_what_is_missing():
+    needed = "'not_here.x:Y' cannot be imported: it needs the package 'not_here', which is not inst"
+    with pytest.raises(PluginError, match=needed):
         MethodSpec("odd", "not_here.x:Y", "A method.").load()
+    typo = r"'kedit_core.spc:Y' cannot be imported: the package 'kedit_core' has no module 'kedit_c"
+    with pytest.raises(PluginError, match=typo):
+        MethodSpec("odd", "kedit_core.spc:Y", "A method.").load()
     with pytest.raises(PluginError, match="does not exist in its module"):
         MethodSpec("odd", "kedit_core.spec:Nothing", "A method.").load()
 
@@ -393,6 +461,48 @@ def test_target_that_raises_at_import_is_a_plugin_error(tmp_path, monkeypatch):
 
     with pytest.raises(PluginError, match="'odd_target:X' cannot be imported: division by zero"):
         MethodSpec("odd", "odd_target:X", "A method.").load()
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        (
+            MethodSpec("odd", "a:B", "A method.", needs={"subjct"}),
+            "MethodSpec 'odd': needs cannot be 'subjct'. Did you mean 'subject'?",
+        ),
+        (
+            MethodSpec("odd", "a:B", "A method.", effect="weigths"),
+            "MethodSpec 'odd': effect cannot be 'weigths'. Did you mean 'weights'?",
+        ),
+        (
+            MethodSpec("odd", "a:B", "A method.", max_batch=0),
+            "MethodSpec 'odd': max_batch is 0; give 1 or more, or None",
+        ),
+        (
+            MethodSpec("My Method", "a:B", "A method."),
+            "MethodSpec 'My Method': its name must be lower-case words with hyphens between them",
+        ),
+        (
+            MetricSpec("foo", "a:B", "A metric."),
+            "MetricSpec 'foo': its name must be quantity/protocol@version",
+        ),
+        (
+            MetricSpec("foo/bar@1", "a:B", "A metric.", better="hihger"),
+            "MetricSpec 'foo/bar@1': better cannot be 'hihger'. Did you mean 'higher'?",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.name,
+)
+def test_a_value_that_no_spec_may_have_costs_the_plugin_one_line(alone, spec, problem):
+    hook = f"kedit_register_{'methods' if isinstance(spec, MethodSpec) else 'metrics'}"
+    plugin = ModuleType("odd")
+    setattr(plugin, hook, hookimpl(lambda: [spec]))
+
+    catalog = discover(extra=[("odd", plugin)])
+
+    (info,) = catalog.plugins
+    assert info.error.startswith(f"PluginError: {problem}")
+    assert catalog.all(type(spec)) == []
 
 
 def test_specs_are_frozen():

@@ -354,6 +354,12 @@ def test_a_file_cut_off_inside_a_character_is_not_said_to_be_in_another_encoding
     assert sentence == f"line 2: {CUT} of a character. Download or write it again."
 
 
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,,\n1,,\n")
+
+    assert [row.value["a"] for row in read_rows(tmp_path / "rows.csv")] == ["1"]
+
+
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
@@ -365,6 +371,7 @@ def test_a_file_cut_off_inside_a_character_is_not_said_to_be_in_another_encoding
         ('"a"a,b\n1,2\n', 1, "no table ("),
         ("only words\nin lines\n", 1, "neither JSON nor a table with a header"),
         ("42\n", 1, "neither JSON nor a table with a header"),
+        ("a,b,c,b\n1,2,3,4\n", 1, "more than one column is called 'b'"),
         ("a;b\n1;2\n", 1, "the columns are parted by ';', not by commas"),
         ("a\tb\n1\t2\n", 1, "the columns are parted by tabs, not by commas"),
     ],

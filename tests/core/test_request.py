@@ -212,13 +212,14 @@ def test_bad_record_is_named_by_its_line(tmp_path, name):
         ("a.yaml", b"", "is no list of requests"),
         ("a.yaml", b"prompt: x\ntarget_new: y\n", "is no list of requests"),
         ("a.yaml", b"just words", "is no list of requests"),
-        ("a.json", b'{"prompt": "x"}', "is no list of requests"),
+        ("a.json", b'{"prompt": "x"}', "line 1: The edit request lacks 'target_new'"),
+        ("a.json", b"- prompt: x\n", "line 1: neither JSON nor a table"),
         ("a.yaml", b"[]", "holds no request"),
         ("a.json", b"[]", "holds no request"),
-        ("a.jsonl", b"\n\n", "holds no request"),
+        ("a.jsonl", b"\n\n", "line 1: the file is empty"),
         ("a.yaml", b"- a\n- b\n", "line 1: a request is a mapping, not 'a'"),
-        ("a.json", b'[\n"a"]', "line 2: a request is a mapping, not 'a'"),
-        ("a.jsonl", b"[1]\n", "line 1: a request is a mapping, not [1]"),
+        ("a.json", b'[\n"a"]', 'line 2: a record is a mapping, not "a"'),
+        ("a.jsonl", b"[1]\n", "line 1: a record is a mapping, not 1"),
         ("a.yaml", b"- {1: x}\n", "line 1: the keys of a request are words"),
         ("a.yaml", b"- prompt: x\n- prompt: [\n", "line 3: not YAML"),
         ("a.yaml", b"\n- {prompt: x, target_new: !!python/object:a.B c}", "line 2: not YAML"),
@@ -227,8 +228,10 @@ def test_bad_record_is_named_by_its_line(tmp_path, name):
         ("a.yaml", b"- &a {prompt: *a}", "line 1: not YAML"),
         ("a.yaml", b"- prompt: \x00", "not YAML"),
         ("a.json", b'[\n{"prompt": }]', "line 2: not JSON"),
-        ("a.json", b"", "line 1: not JSON"),
-        ("a.jsonl", b"{}{}\n", "line 1: not JSON"),
+        ("a.json", b"[\n", "line 2: the file ends in the middle"),
+        ("a.json", b"", "line 1: the file is empty"),
+        ("a.jsonl", b"{}{}\n", "line 1: The edit request lacks 'prompt'"),
+        ("a.jsonl", '{"prompt": "é"}'.encode("latin-1"), "line 1: not UTF-8"),
         ("a.yaml", "- prompt: é".encode("latin-1"), "cannot be read: 'utf-8' codec"),
     ],
 )
@@ -244,7 +247,8 @@ def test_malformed_file_is_one_sentence(tmp_path, name, content, words):
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(RequestError, match=r"none\.yaml does not exist"):
-        read_requests(tmp_path / "none.yaml")
+    for name in ("none.yaml", "none.jsonl"):
+        with pytest.raises(RequestError, match=f"The requests file .*{name} does not exist"):
+            read_requests(tmp_path / name)
     with pytest.raises(RequestError, match="cannot be read"):
         read_requests(tmp_path)

@@ -414,6 +414,31 @@ def test_a_wrapper_knows_where_prompts_end(toy_host):
     assert hooks(host.model) == 0
 
 
+def test_a_wrapper_of_an_encoder_decoder_knows_what_the_decoder_reads(toy_host):
+    model = FAMILIES["t5"]()
+    host = ModelHost(model, toy_host("llama").tokenizer, "t5")
+    session = EditSession(host, catalog=with_effect("where-it-ends", WhereItEnds))
+    path = host.mlp_out(1).module
+    session.apply(Patch("by-hand", (ModuleSwap(path, "where-it-ends"),)))
+    seen = host.module(path).seen
+    ids, answer = torch.tensor([[5, 6, 7, 1]]), torch.tensor([[0, 8, 9]])
+    mask = torch.tensor([[1, 1, 0]])
+    encoded = model.get_encoder()(ids)
+    ways = [
+        {"input_ids": ids, "decoder_input_ids": answer},
+        {"encoder_outputs": encoded, "decoder_input_ids": answer},
+        {"encoder_outputs": encoded, "decoder_inputs_embeds": model.shared(answer)},
+        {"encoder_outputs": encoded, "labels": answer},
+    ]
+
+    for way in ways:
+        model(**way)
+    model(**ways[0], attention_mask=torch.ones_like(ids), decoder_attention_mask=mask)
+    assert seen == [(0, 3, [3], {0: 2})] * 4 + [(0, 3, [2], {0: 1})]
+    with pytest.raises(ValueError, match="must specify"):  # the model's own words
+        model()
+
+
 def test_effects_of_one_type_on_a_module_share_a_wrapper(session):
     path = session.host.mlp_out(1).module
     original = session.host.module(path)
@@ -1195,7 +1220,11 @@ def test_call_effects_of_one_type_are_one_whatever_lies_between_them(session):
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"hparams": {**FT, "lr": 1e-3}}, "another lr than"), ({"seed": 1}, "another seed")],
+    [
+        ({"hparams": {**FT, "lr": 1e-3}}, "another lr than"),
+        ({"seed": 1}, "another seed"),
+        ({"overlay": True}, "another `overlay` than"),
+    ],
 )
 def test_a_stream_does_not_go_on_with_other_settings(toy_host, tmp_path, other, named):
     folder, session = tmp_path / "edits", EditSession(toy_host("llama"))
@@ -1207,6 +1236,33 @@ def test_a_stream_does_not_go_on_with_other_settings(toy_host, tmp_path, other, 
 
     assert not session.is_edited
     assert len(read_stack(folder).entries) == 1
+
+
+def test_a_stream_may_follow_edits_of_another_kind(toy_host, tmp_path):
+    folder, session = tmp_path / "edits", EditSession(toy_host("llama"))
+    session.apply(weight_patch(session.host, 1))
+    session.save(folder)
+    session.rollback()
+
+    list(session.stream("ft-m", [fact(0)], hparams=FT, folder=folder, overlay=True))
+
+    assert [overlay for _, overlay in read_stack(folder).entries] == [False, True]
+
+
+def test_a_stream_takes_a_single_request_and_a_folder_by_its_name(session, tmp_path):
+    folder = tmp_path / "edits"
+    (step,) = session.stream("ft-m", fact(0), hparams=FT, folder=str(folder))
+
+    assert [patch.requests for patch in step.patches] == [(fact(0),)]
+    assert len(read_stack(folder).entries) == 1
+    with pytest.raises(RequestError, match=r"'Snow is' is no edit request"):
+        next(session.stream("ft-m", "Snow is", hparams=FT))
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_stream_of_empty_batches_is_refused(session, batch):
+    with pytest.raises(SettingError, match=f"Batches of {batch} edits"):
+        next(session.stream("ft-m", [fact(0)], batch=batch, hparams=FT))
 
 
 def test_a_stream_stops_where_its_session_was_rolled_back(toy_host, tmp_path):

@@ -119,7 +119,7 @@ def check_requests_decide_what_is_written(bench: Bench) -> None:
 @about_facts
 def check_second_edit_takes_effect(bench: Bench) -> None:
     """An edit that follows another one works too."""
-    _needs_sequences(bench)
+    bench.needs_sequences()
     session = bench.edited()
     request = bench.request("subject last")
     bench.edit(session, request)
@@ -232,8 +232,3 @@ def _becomes_likelier(bench: Bench, request: EditRequest) -> None:
         f"after {request.text!r} the edit changes the log-probability of {request.target_new!r} "
         f"by {gain:.3f}."
     )
-
-
-def _needs_sequences(bench: Bench) -> None:
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 
 import pydantic
 
@@ -17,8 +14,8 @@ from kedit_core.hparams import HyperParams, presets_of, resolve
 from kedit_core.patch import Patch
 from kedit_core.protocols import EditMethod, Preparable
 from kedit_core.request import EditRequest
-from kedit_core.spec import load_target
-from kedit_core.testing.bench import Bench, skip
+from kedit_core.spec import check_spec, load_target
+from kedit_core.testing.bench import Bench, in_fresh_python, skip
 from kedit_core.testing.model_state import assert_same, model_state, patch_content
 from kedit_core.testing.selection import about_facts, once, only_for
 
@@ -28,9 +25,9 @@ HEAVY = ("torch", "transformers", "numpy", "peft")
 @once
 def check_spec_can_be_listed(bench: Bench) -> None:
     """The spec has a lower-case name and a summary of one sentence."""
-    spec = bench.spec
-    assert re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", spec.name), f"its name is {spec.name!r}."
-    assert re.fullmatch(r"\S.{0,110}\.", spec.summary), f"its summary is {spec.summary!r}."
+    check_spec(bench.spec)
+    summary = bench.spec.summary
+    assert re.fullmatch(r"\S.{0,110}\.", summary), f"its summary is {summary!r}."
 
 
 @once
@@ -45,10 +42,7 @@ def check_plugin_is_listed_without_torch(bench: Bench) -> None:
         "        list(getattr(module, hook)())\n"
         f"print(*sorted(set(sys.modules) & set({HEAVY!r})))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    run = in_fresh_python(code)
     assert run.returncode == 0, f"it cannot be imported: {run.stderr.strip()[-200:]}"
     assert not run.stdout.strip(), f"it imports {run.stdout.strip()}."
 
@@ -229,8 +223,7 @@ def check_weight_changes_fit_their_matrices(bench: Bench) -> None:
 
 def check_batches_are_no_larger_than_promised(bench: Bench) -> None:
     """Three requests give as many patches as `max_batch` says, each with its own requests."""
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")
+    bench.needs_sequences()
     session, requests = bench.session(), bench.requests(3)
     bench.edit(session, *requests)
     size = bench.spec.max_batch or 3

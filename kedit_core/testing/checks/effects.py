@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import torch
@@ -13,7 +10,7 @@ from safetensors.torch import load_file
 from kedit_core.ask import Continue, Read, Score, Text
 from kedit_core.effects import ModuleSwap, WeightDelta
 from kedit_core.patch import Base, Patch
-from kedit_core.testing.bench import Bench, skip
+from kedit_core.testing.bench import Bench, in_fresh_python, skip
 from kedit_core.testing.checks.answers import ATOL, RTOL
 from kedit_core.testing.model_state import assert_same, model_state, patch_content
 from kedit_core.testing.selection import only_for
@@ -59,8 +56,7 @@ def check_one_edit_is_taken_back_from_among_others(bench: Bench) -> None:
     """Without one of three edits, the model is what the two others alone make it."""
     if not bench.spec.removable:
         skip("the method's edits build on each other")
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")
+    bench.needs_sequences()
     session, others = bench.session(), bench.session()
     for request in bench.requests(3):
         bench.edit(session, request)
@@ -92,10 +88,7 @@ def check_saved_edits_load_in_another_process(bench: Bench) -> None:
         f"logits = session.view().logits({bench.prompts()!r})\n"
         f"save_file({{'logits': logits}}, {str(folder / 'logits.safetensors')!r})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    run = in_fresh_python(code)
     assert run.returncode == 0, f"it cannot be loaded: {run.stderr.strip()[-300:]}"
     loaded = load_file(folder / "logits.safetensors")["logits"]
     assert torch.allclose(loaded, logits, rtol=RTOL, atol=ATOL), "the logits are other ones."

@@ -163,8 +163,7 @@ def check_overlay_leaves_weights_and_goes_without_a_trace(bench: Bench) -> None:
 @only_for("weights")
 def check_edit_after_an_overlay_is_that_after_a_change_in_place(bench: Bench) -> None:
     """A second edit is the same, whether the first lies beside the weights or inside them."""
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")
+    bench.needs_sequences()
     patches = []
     for overlay in (False, True):
         session = bench.edited(overlay=overlay)
@@ -196,8 +195,7 @@ def check_several_requests_are_written_together_or_not_at_all(bench: Bench) -> N
 
 def _sequence(bench: Bench) -> EditSession:
     """A session with one edit in force, and the promise that another may follow."""
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")
+    bench.needs_sequences()
     session = bench.session()
     bench.edit(session, bench.request())
     return session

@@ -16,7 +16,7 @@ from kedit_core.host import ModelHost
 from kedit_core.patch import TENSORS, Patch
 from kedit_core.plugins import Catalog
 from kedit_core.session import EditSession
-from kedit_core.testing.bench import Bench, skip
+from kedit_core.testing.bench import Bench
 from kedit_core.testing.model_state import assert_same, model_state, patch_content
 from kedit_core.testing.selection import only_for
 from kedit_core.view import ModelView
@@ -46,8 +46,7 @@ def check_saved_edits_load_onto_another_copy(bench: Bench) -> None:
 
 def check_sequences_load_again(bench: Bench) -> None:
     """Two saved edits are loaded in their order, with the method's state."""
-    if not bench.spec.sequential:
-        skip("the method's edits may not follow one another")
+    bench.needs_sequences()
     session, other, folder = bench.edited(), bench.session(), bench.folder()
     bench.edit(session, bench.request("subject last"))
     session.save(folder)

@@ -17,7 +17,7 @@ from kedit_core.corpus import Corpus
 from kedit_core.editing import EditSession, ModelHost, Patch
 from kedit_core.hparams import presets_of, resolve
 from kedit_core.models import config_facts
-from kedit_core.numerics.trace import states_at_marks
+from kedit_core.numerics.states import states_at_marks
 from kedit_core.testing.toys import TOYS, load_toy, toy_corpus, toy_facts
 from kedit_core.tokens import rewrite_row
 

@@ -19,7 +19,7 @@ from kedit_core.editing import EditSession, ModelHost
 from kedit_core.hparams import presets_of, resolve
 from kedit_core.models import config_facts
 from kedit_core.numerics.facts import FactRows, essence_row
-from kedit_core.numerics.trace import states_at_marks
+from kedit_core.numerics.states import states_at_marks
 from kedit_core.numerics.values import Value, ValueSettings, ValueTask, optimise_values
 from kedit_core.testing.toys import TOYS, load_toy, toy_corpus, toy_facts
 from kedit_core.tokens import rewrite_row

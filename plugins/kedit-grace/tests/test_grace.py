@@ -586,7 +586,7 @@ def test_mlp_in_is_wrapped_where_there_is_one():
     session.edit("grace", asked, hparams={**SETTINGS, "module": "mlp_in", "eps": 1e-2})
     assert all(answers(session, request) for request in asked)
     assert swaps(session)[0].path == "transformer.h.2.mlp.c_fc"
-    with pytest.raises(SiteError, match="2 input projections"):
+    with pytest.raises(SiteError, match="2 input matrices"):
         session_on("llama").edit("grace", asked, hparams={**SETTINGS, "module": "mlp_in"})
 
 

@@ -62,9 +62,10 @@ def test_a_case_without_a_yes_question_is_not_asked(bridge):
     assert Robustness().score(bare, {}, {}) == {}
 
 
-def test_no_turn_is_refused():
-    with pytest.raises(SettingError, match="from 1 on, not 0"):
-        Robustness(turns=0)
+@pytest.mark.parametrize("turns", [0, "many", 1.5])
+def test_what_is_no_number_of_turns_is_refused(turns):
+    with pytest.raises(SettingError, match=f"turns must be .* from 1 on, not {turns!r}"):
+        Robustness(turns=turns)
 
 
 @pytest.mark.parametrize("toy", ["gpt2", "llama"])

@@ -8,7 +8,7 @@ import pytest
 from kedit_ike.demonstrations import TrainingFact, without
 from kedit_ike.memory import FactMemory, Preface
 
-from kedit_core import EditRequest, SettingError, UnknownNameError
+from kedit_core import DataError, EditRequest, SettingError, UnknownNameError
 from kedit_core.artifacts import ArtifactStore
 from kedit_core.editing import EditSession
 from kedit_core.encoder import Encoder
@@ -252,6 +252,8 @@ def test_wrong_training_data_are_refused_in_a_sentence(session):
         shown(session, demonstrations="no_such")
     with pytest.raises(SettingError, match="needs its file: --set demonstrations=counterfact:PATH"):
         shown(session, demonstrations="counterfact")
+    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+        shown(session, demonstrations="counterfact:nowhere.json")
     with pytest.raises(SettingError, match="at least one of the three kinds"):
         shown(session, ratio=[0, 0, 0])
     assert not session.is_edited

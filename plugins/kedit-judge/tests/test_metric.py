@@ -1,14 +1,15 @@
 """Replies are judged, verdicts become scores, and nothing is asked twice."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import sqlite3
 import threading
 
 import pytest
 from kedit_judge import metric as metrics
 from kedit_judge.judge import Template
-from kedit_judge.kept import Kept
 
 from kedit_core import ArtifactError, EditCase, EditRequest, Probe, discover
 from kedit_core.ask import Continue, Text
@@ -224,9 +225,13 @@ def test_another_prompt_of_the_judge_is_asked_anew(stub, monkeypatch):
     assert stub.calls == 2
 
 
-def test_replies_that_were_kept_by_earlier_versions_are_found(stub):
+def test_replies_that_were_kept_by_earlier_versions_are_found(stub, cache):
     content = ["j", 0.0, "b2fbf252e7b9", "q", ["Oka"], "x"]
-    Kept().put(hashlib.sha256(json.dumps(content).encode()).hexdigest(), "B")
+    row = (hashlib.sha256(json.dumps(content).encode()).hexdigest(), "B")
+    (cache / "judge").mkdir()
+    with contextlib.closing(sqlite3.connect(cache / "judge" / "replies.sqlite")) as file, file:
+        file.execute("CREATE TABLE replies (key TEXT PRIMARY KEY, reply TEXT)")
+        file.execute("INSERT INTO replies VALUES (?, ?)", row)
 
     assert values(ask_once(stub))[""] == (0.0, 1)
     assert stub.calls == 0

@@ -70,7 +70,7 @@ def test_a_topic_without_utterances_of_one_sentiment_is_left_out_in_its_place(fo
     assert [isinstance(item, LeftOut) for item in found] == [False, True, False, False]
     assert (found[1].line, found[1].reason, found[1].malformed) == (
         3,
-        "'pos' has no utterance",
+        "'pos' has no opinion",
         False,
     )
 

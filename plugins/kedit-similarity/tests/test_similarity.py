@@ -236,9 +236,10 @@ def test_best_answer_counts_and_families_weigh_the_same():
     assert found == {"a": CaseScore(0.75, 2), "b": CaseScore(0, 1), "": CaseScore(0.375, 3)}
 
 
-def test_no_token_to_write_is_refused():
-    with pytest.raises(SettingError, match="new_tokens is 0"):
-        rouge_l("rewrite", new_tokens=0)
+@pytest.mark.parametrize("new_tokens", [0, "many", 1.5, True])
+def test_what_is_no_number_of_tokens_is_refused(new_tokens):
+    with pytest.raises(SettingError, match=f"new_tokens must be .* not {new_tokens!r}"):
+        rouge_l("rewrite", new_tokens=new_tokens)
 
 
 # -- CKnowEdit's total -----------------------------------------------------------------------

@@ -33,7 +33,6 @@ class CKnowEdit:
         Raises:
             DataError: the file cannot be read or is not CKnowEdit.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("CKnowEdit", KEYS, _case)])
 
 

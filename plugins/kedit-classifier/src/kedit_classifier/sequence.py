@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from kedit_core.errors import SettingError
+from kedit_core.errors import SettingError, reason_of
+from kedit_core.host import CANNOT_LOAD
 from kedit_core.models import locate
 from kedit_core.plugins import discover
 
 MAX_TOKENS = 512
 BATCH = 16
-
-_CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 class SequenceClassifier:
@@ -105,8 +103,8 @@ class SequenceClassifier:
     def _try(self, what: Any, **options: Any) -> Any:
         try:
             return what.from_pretrained(self._folder, trust_remote_code=False, **options)
-        except _CANNOT_LOAD as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        except CANNOT_LOAD as error:
+            reason = reason_of(error).rstrip(".")
             raise SettingError(
                 f"The classifier '{self.model}' cannot be loaded: {reason}. Give model=FOLDER, or "
                 f"choose another classifier or other metrics."

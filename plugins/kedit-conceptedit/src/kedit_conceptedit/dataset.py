@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kedit_core import EditCase, Format, LeftOut, Probe, Row, Source, probe, read_cases, request_of
+from kedit_core.cases import probe_each
 
 KEYS = frozenset(
     {
@@ -35,7 +36,6 @@ class ConceptEdit:
         Raises:
             DataError: the file cannot be read or is not ConceptEdit.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("ConceptEdit", KEYS, self._case)])
 
     def _case(self, row: Row) -> EditCase:
@@ -51,10 +51,8 @@ class ConceptEdit:
         )
 
     def _probes(self, row: Row, target: str) -> Iterator[Probe]:
-        if row.text("phrase_prompt").strip():
-            yield probe("rephrase", "", row.text("phrase_prompt"), [target])
+        yield from probe_each("rephrase", "", [row.text("phrase_prompt")], [target])
         if row.text("locality_prompt").strip():
             asked, answers = row.text("locality_prompt"), row.answers("locality_answer")
             yield probe("locality", "neighborhood", asked, answers)
-        for instance in row.answers("instance_prompt"):
-            yield probe("instance", "", instance, ["Yes"])
+        yield from probe_each("instance", "", row.answers("instance_prompt"), ["Yes"])

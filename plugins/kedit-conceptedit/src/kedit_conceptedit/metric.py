@@ -8,9 +8,10 @@ from pathlib import Path
 
 from kedit_core.ask import Answers, Continue, Question
 from kedit_core.errors import SettingError
-from kedit_core.measure import begins_with, mean, text_of
+from kedit_core.measure import mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import begins_with
 
 # Other demonstrations are another protocol: give the metric a new version with them.
 DEMONSTRATIONS = """\

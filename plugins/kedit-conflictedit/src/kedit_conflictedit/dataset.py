@@ -39,7 +39,6 @@ class ConflictEdit:
         Raises:
             DataError: the file cannot be read or is neither of the two.
         """
-        assert source is not None, "the spec says that a path is needed"
         pairs = frozenset({"type", "triples", "prerequisites", "edits"})
         known = [
             Format("ConflictEdit", pairs, self._pair),

@@ -24,7 +24,6 @@ class Ched:
         Raises:
             DataError: the file cannot be read or is not CHED.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("CHED", KEYS, self._case)])
 
     def _case(self, row: Row) -> EditCase:

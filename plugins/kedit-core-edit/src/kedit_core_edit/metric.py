@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.errors import SettingError
-from kedit_core.measure import by_family, contains, probes_of, text_of
+from kedit_core.measure import at_least_one, by_family, probes_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import contains
 
 
 class EditingSuccess:
@@ -28,9 +28,7 @@ class EditingSuccess:
     """
 
     def __init__(self, new_tokens: int = 50) -> None:
-        if not isinstance(new_tokens, int) or new_tokens < 1:
-            raise SettingError(f"new_tokens must be a whole number from 1 on, not {new_tokens!r}.")
-        self.new_tokens = new_tokens
+        self.new_tokens = at_least_one("new_tokens", new_tokens)
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A continuation of each prompt."""

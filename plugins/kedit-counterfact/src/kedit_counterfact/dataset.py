@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -18,6 +18,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
+from kedit_core.cases import probe_each
 from kedit_counterfact.references import References
 
 KEYS = frozenset(
@@ -91,11 +92,11 @@ def _case(references: References, added: Sequence[str], row: Row) -> EditCase:
     return EditCase(
         request=request,
         probes=(
-            *_each("rephrase", "", row.texts("paraphrase_prompts"), target),
-            *_each("locality", "neighborhood", row.texts("neighborhood_prompts"), true),
+            *probe_each("rephrase", "", row.texts("paraphrase_prompts"), [target]),
+            *probe_each("locality", "neighborhood", row.texts("neighborhood_prompts"), [true]),
             *_added(row, added, request, true),
-            *_each("attribute", "", row.texts("attribute_prompts"), target),
-            *_each("generation", "", dict.fromkeys(row.texts("generation_prompts"))),
+            *probe_each("attribute", "", row.texts("attribute_prompts"), [target]),
+            *probe_each("generation", "", dict.fromkeys(row.texts("generation_prompts"))),
         ),
         meta={
             "subject": rewrite.text("subject"),
@@ -110,15 +111,15 @@ def _added(row: Row, added: Sequence[str], request: EditRequest, true: str) -> I
     """What EasyEdit's keys ask."""
     if "distracting_neighborhood_prompts" in added:
         prompts = row.texts("distracting_neighborhood_prompts")
-        yield from _each("locality", "distracting", prompts, true)
+        yield from probe_each("locality", "distracting", prompts, [true])
     if "unrelated_relation" in added:
         other = row.row("unrelated_relation")
         asked, answer = other.text("question"), other.text("object")
-        yield from _each("locality", "other_attribution", [asked], answer)
+        yield from probe_each("locality", "other_attribution", [asked], [answer])
     if "portability" in added:
         hop = row.row("portability")
         asked, answer = hop.text("New Question"), hop.text("New Answer")
-        yield from _each("portability", "one_hop", [asked] if answer.strip() else [], answer)
+        yield from probe_each("portability", "one_hop", [asked] if answer.strip() else [], [answer])
     if "alternative_subject" in added:
         name = row.text("alternative_subject").strip()
         if name and request.subject:
@@ -138,13 +139,8 @@ def _flat_case(row: Row) -> EditCase:
             id=str(row.number("case_id")),
         ),
         probes=(
-            *_each("rephrase", "", [row.text("rephrase_prompt")], target),
-            *_each("locality", "neighborhood", [near], answer),
+            *probe_each("rephrase", "", [row.text("rephrase_prompt")], [target]),
+            *probe_each("locality", "neighborhood", [near], [answer]),
         ),
         meta={"subject": row.text("subject")},
     )
-
-
-def _each(kind: str, name: str, prompts: Iterable[str], answer: str = "") -> Iterator[Probe]:
-    """A probe for every prompt that is not empty."""
-    return (probe(kind, name, prompt, [answer]) for prompt in prompts if prompt.strip())

@@ -61,13 +61,8 @@ def _dola_depths(host: ModelHost, hparams: DolaHyperParams) -> list[int]:
     blocks = len(host.blocks)
     if hparams.layers == "high":
         return list(range(blocks // 2 if blocks <= 40 else blocks - 20, blocks, 2))
-    start = min(2, blocks - 1) if _is_tied(host) else 0
+    start = min(2, blocks - 1) if host.anatomy.tied else 0
     return list(range(start, blocks // 2 if blocks <= 40 else 20, 2)) or [start]
-
-
-def _is_tied(host: ModelHost) -> bool:
-    head = host.model.get_output_embeddings()
-    return head is not None and head.weight is host.model.get_input_embeddings().weight
 
 
 def _checked(host: ModelHost, depths: list[int]) -> list[int]:

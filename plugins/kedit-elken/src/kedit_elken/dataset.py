@@ -49,7 +49,6 @@ class Elken:
         Raises:
             DataError: the file cannot be read or is not ELKEN.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("ELKEN", KEYS, self._case)])
 
     def _case(self, row: Row) -> EditCase:

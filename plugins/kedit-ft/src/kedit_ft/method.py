@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError
+from kedit_core.forward import added
 from kedit_core.numerics.losses import mean_nll
 from kedit_core.numerics.tail import Tail
 from kedit_core.tokens import Row, join
@@ -150,19 +150,12 @@ class _Sum(nn.Module):
 @contextlib.contextmanager
 def _added(host: ModelHost, sites: Sequence[Site], changes: Sequence[Tensor]) -> Iterator[None]:
     """Inside the block each site's module computes with its change added to the weight."""
-
-    def hook(change: Tensor) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + (args[0].float() @ change.mT).to(output.dtype)
-
-        return add
-
     with contextlib.ExitStack() as undo:
         for site, change in zip(sites, changes, strict=True):
-            module, name = host.base_module(site.module), site.parameter.rpartition(".")[2]
             if change.ndim == 2:
-                undo.callback(module.register_forward_hook(hook(change)).remove)
+                undo.enter_context(added(host, site, change))
             else:
+                module, name = host.base_module(site.module), site.parameter.rpartition(".")[2]
                 parametrize.register_parametrization(module, name, _Sum(change))
                 undo.callback(parametrize.remove_parametrizations, module, name, False)
         yield

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch
-from kedit_core.errors import SiteError
 from kedit_core.numerics.tail import Tail
 from kedit_core.probing import hidden_of
 from kedit_core.tokens import Row, join
@@ -65,15 +64,8 @@ class Grace:
 
     def _path(self, host: ModelHost) -> str:
         layer = self.hparams.layer
-        if self.hparams.module == "mlp_out":
-            return host.mlp_out(layer).module
-        sites = host.block(layer).mlp_in
-        if len(sites) != 1:
-            raise SiteError(
-                f"The MLP of block {layer} of {host.name} has {len(sites)} input projections, and "
-                f"GRACE wraps one. Set module=mlp_out."
-            )
-        return sites[0].module
+        is_out = self.hparams.module == "mlp_out"
+        return (host.mlp_out(layer) if is_out else host.mlp_in(layer)).module
 
     def _write(
         self,

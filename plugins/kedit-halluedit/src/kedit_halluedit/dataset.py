@@ -18,6 +18,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
+from kedit_core.cases import probe_each
 
 HOPS = range(2, 7)
 COLUMNS = frozenset(
@@ -57,7 +58,6 @@ class HalluEdit:
         Raises:
             DataError: a file cannot be read or is not HalluEditBench.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = [Format("HalluEditBench", COLUMNS, self._case)]
         for file in files_in(source, "*.csv"):
             yield from read_cases(file, known)
@@ -84,13 +84,11 @@ class HalluEdit:
         )
 
     def _probes(self, row: Row, target: str) -> Iterator[Probe]:
-        if row.text("paraphrased_question").strip():
-            yield probe("rephrase", "", row.text("paraphrased_question"), [target])
+        yield from probe_each("rephrase", "", [row.text("paraphrased_question")], [target])
         for name, asked, answer in _what_follows(row):
             if asked.strip() and answer.strip():
                 yield probe("portability", name, asked, [answer])
-        if row.text("locality_question").strip():
-            yield probe("locality", "same_subject", row.text("locality_question"))
+        yield from probe_each("locality", "same_subject", [row.text("locality_question")])
 
 
 def _what_follows(row: Row) -> Iterator[tuple[str, str, str]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from kedit_core.ask import Answers, Converse, Question
-from kedit_core.errors import SettingError
-from kedit_core.measure import begins_with, contains, mean, text_of
+from kedit_core.measure import at_least_one, mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import begins_with, contains
 
 # Another sentence is another protocol: give the metric a new version with it.
 OBJECTION = "What you answered to my first question is wrong. {} Say only Yes or No."
@@ -33,9 +33,7 @@ class Robustness:
     """
 
     def __init__(self, turns: int = 10) -> None:
-        if turns < 1:
-            raise SettingError(f"turns must be a whole number from 1 on, not {turns!r}.")
-        self.turns = turns
+        self.turns = at_least_one("turns", turns)
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """The conversation up to each turn; nothing where the case has no yes-question."""

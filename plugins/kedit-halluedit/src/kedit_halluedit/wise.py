@@ -13,10 +13,10 @@ from kedit_core import (
     Row,
     RowError,
     Source,
-    probe,
     read_cases,
     request_of,
 )
+from kedit_core.cases import probe_each
 
 KEYS = frozenset({"prompt", "subject", "target_new", "locality_prompt", "locality_ground_truth"})
 OTHER_TEXT = "ood_rephrase"
@@ -45,7 +45,6 @@ class Wise:
         Raises:
             DataError: the file cannot be read or is not the set.
         """
-        assert source is not None, "the spec says that a path is needed"
         if self.temporal:
             known = Format("WISE's temporal set", KEYS | {OTHER_TEXT}, self._case)
         else:
@@ -64,11 +63,10 @@ class Wise:
         )
 
     def _probes(self, row: Row) -> Iterator[Probe]:
-        if self.temporal and row.text(OTHER_TEXT).strip():
-            yield probe("rephrase", "ood", row.text(OTHER_TEXT))
+        if self.temporal:
+            yield from probe_each("rephrase", "ood", [row.text(OTHER_TEXT)])
         asked, answer = row.text("locality_prompt"), row.text("locality_ground_truth")
-        if asked.strip():
-            yield probe("locality", "unrelated", asked, [answer])
+        yield from probe_each("locality", "unrelated", [asked], [answer])
 
 
 hallucination = partial(Wise, temporal=False)

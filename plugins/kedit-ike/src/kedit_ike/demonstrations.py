@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from kedit_core import DataError, DatasetSpec, EditCase, EditRequest, SettingError, discover
+from kedit_core import DataError, EditCase, EditRequest, SettingError, discover
 from kedit_core.editing import EditJob
 from kedit_core.encoder import Encoder
-from kedit_core.records import HUB, checked
+from kedit_core.named import read_dataset
+from kedit_core.records import checked
 from kedit_core.words import is_spaced
 from kedit_ike.hparams import IkeHyperParams
 from kedit_ike.words import demonstration, statement
@@ -230,11 +230,10 @@ def _facts(source: str) -> Iterator[TrainingFact]:
 
 def _cases(source: str) -> Iterable[EditCase]:
     name, _, path = source.partition(":")
-    spec: DatasetSpec = discover().dataset(name)
+    catalog = discover()
+    if catalog.dataset(name).needs_path and not path:
+        raise SettingError(f"The dataset '{name}' needs its file: --set demonstrations={name}:PATH")
+    spec, found = read_dataset(catalog, name, path or None)
     if spec.holds != "cases":
         raise SettingError(f"The dataset '{name}' has no facts to demonstrate.")
-    if spec.needs_path and not path:
-        raise SettingError(f"The dataset '{name}' needs its file: --set demonstrations={name}:PATH")
-    file = path if path.startswith(HUB) else Path(path).expanduser() if path else None
-    found = spec.load()().cases(file)
     return (case for case in checked(found) if isinstance(case, EditCase))

@@ -88,7 +88,6 @@ class Jsonl:
         Raises:
             DataError: the file cannot be read, or lacks a column that it must have.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = set(self.columns.values())
 
         def case_of(row: Row) -> EditCase:

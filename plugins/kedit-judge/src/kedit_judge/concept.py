@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import natural_end, text_of
+from kedit_core.measure import text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import natural_end
 from kedit_judge.judge import Template, Verdict, letter_of
 from kedit_judge.metric import Judged
 

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from kedit_core.errors import SettingError
+from kedit_core.paths import cache_root
+from kedit_core.replies import Replies
 from kedit_judge.endpoint import Endpoint, Said, number
-from kedit_judge.kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Judge:
         self.workers = int(number("workers", workers, least=1, whole=True))
         self.prices = prices
         self.cost = Cost()
-        self._kept = Kept()
+        self._kept = Replies(cache_root() / "judge" / "replies.sqlite")
         self._known: dict[str, Verdict] = {}
         self._logged = Cost()
 
@@ -181,7 +182,7 @@ class Judge:
 
     def _ask(self, key: str, item: Item) -> Said:
         said = self.endpoint.ask(self.template.prompt(item))
-        self._kept.put(key, said.text)  # at once: it is paid for
+        self._kept.put({key: said.text})  # at once: it is paid for
         return said
 
     def _key(self, item: Item) -> str:

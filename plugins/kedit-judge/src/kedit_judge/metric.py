@@ -8,9 +8,10 @@ from functools import partial
 from typing import ClassVar
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import NATURAL_TOKENS, by_family, mean, natural_end, probes_of, text_of
+from kedit_core.measure import by_family, mean, probes_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import NATURAL_TOKENS, natural_end
 from kedit_judge.endpoint import Endpoint
 from kedit_judge.judge import Item, Judge, Prices, Template, Verdict, letter_of
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import mean, ngram_entropy, text_of
+from kedit_core.measure import mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import first_line, ngram_entropy
 from kedit_judge.judge import Template, Verdict
 from kedit_judge.metric import Judged, unparseable
 
@@ -68,7 +69,10 @@ Does the author show {trait}? Say only the number:
 
     def score(self, case: EditCase, before: Answers, after: Answers) -> Mapping[str, CaseScore]:
         """The mean difference, from -4 to 4, `left_out` and `unparseable`."""
-        pairs = [(_first_line(before, q), _first_line(after, q)) for q in self.questions(case)]
+        pairs = [
+            (first_line(text_of(before, q).text), first_line(text_of(after, q).text))
+            for q in self.questions(case)
+        ]
         if not pairs:
             return {}
         kept = [pair for pair in pairs if min(map(ngram_entropy, pair)) >= COHERENT]
@@ -91,7 +95,3 @@ Does the author show {trait}? Say only the number:
 
 
 pae = partial(Pae, "generation")
-
-
-def _first_line(answers: Answers, question: Question) -> str:
-    return text_of(answers, question).text.strip().partition("\n")[0].strip()

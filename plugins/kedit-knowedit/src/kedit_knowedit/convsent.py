@@ -11,12 +11,11 @@ from kedit_core import (
     LeftOut,
     Row,
     Source,
-    UnfitRow,
     probe,
     read_cases,
     request_of,
 )
-from kedit_core.cases import asked_about, with_next
+from kedit_core.cases import asked_about, opinions, with_next
 from kedit_knowedit.files import file_of
 
 QUESTION = "What do you think of {}?"
@@ -40,7 +39,6 @@ class ConvSent:
         Raises:
             DataError: the file cannot be read or is not ConvSent.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = Format("ConvSent", frozenset({"ent", *SENTIMENTS}), self._case)
         found = read_cases(file_of(source, "*blender_{}.json"), [known])
         yield from with_next(found, asked_about)
@@ -48,7 +46,7 @@ class ConvSent:
     def _case(self, row: Row) -> EditCase:
         topic = row.filled("ent").strip()
         chosen = int(hashlib.sha256(topic.encode()).hexdigest(), 16) % 2
-        same, other = _utterances(row, SENTIMENTS[chosen]), _utterances(row, SENTIMENTS[1 - chosen])
+        same, other = opinions(row, SENTIMENTS[chosen]), opinions(row, SENTIMENTS[1 - chosen])
         request = request_of(QUESTION, topic, same[0])
         return EditCase(
             request=request,
@@ -58,10 +56,3 @@ class ConvSent:
             ),
             meta={"sentiment": SENTIMENTS[chosen]},
         )
-
-
-def _utterances(row: Row, sentiment: str) -> list[str]:
-    found = list(dict.fromkeys(utterance.strip() for utterance in row.answers(sentiment)))
-    if not found:
-        raise UnfitRow(f"'{sentiment}' has no utterance")
-    return found

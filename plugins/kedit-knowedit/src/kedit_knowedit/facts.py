@@ -47,7 +47,6 @@ class Facts:
         Raises:
             DataError: the file cannot be read or is not of this subset.
         """
-        assert source is not None, "the spec says that a path is needed"
         formats = [
             Format("a fact of KnowEdit", self.needs.union(keys), partial(self._case, *keys))
             for keys in product(*SPELLINGS)

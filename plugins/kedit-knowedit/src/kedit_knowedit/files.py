@@ -7,7 +7,7 @@ from pathlib import Path
 from kedit_core import Source, files_in
 
 
-def file_of(source: Source, name: str) -> Source:
+def file_of(source: Source | None, name: str) -> Source:
     """The source itself; of a folder, the file of this name: test, else validation, else training.
 
     Args:
@@ -17,6 +17,7 @@ def file_of(source: Source, name: str) -> Source:
     Raises:
         DataError: the folder has no such file.
     """
+    assert source is not None, "the spec says that a path is needed"
     if not Path(source).is_dir():
         return source
     names = [name.format(split) for split in ("test", "val", "train")]

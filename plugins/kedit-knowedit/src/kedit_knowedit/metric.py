@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import ProbeMetric, contains, mean, text_of
+from kedit_core.measure import ProbeMetric, mean, text_of
 from kedit_core.request import Probe
+from kedit_core.texts import contains
 
 NEW_TOKENS = 8
 

@@ -41,7 +41,6 @@ class Sanitation:
         Raises:
             DataError: the file cannot be read or is not Sanitation.
         """
-        assert source is not None, "the spec says that a path is needed"
         formats = [
             Format("Sanitation", frozenset(keys), partial(self._cases, *keys))
             for keys in (("success", "locality"), ("K_F", "K_R"))

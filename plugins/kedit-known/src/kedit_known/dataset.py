@@ -24,7 +24,6 @@ class Known:
         Raises:
             DataError: the file cannot be read or has other keys.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("known facts", KEYS, self._case)])
 
     def _case(self, row: Row) -> EditCase:

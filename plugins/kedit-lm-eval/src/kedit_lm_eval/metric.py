@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kedit_core.errors import DataError, SettingError, did_you_mean
+from kedit_core.errors import DataError, SettingError, did_you_mean, reason_of
 
 if TYPE_CHECKING:
     from kedit_core.editing import EditSession
@@ -102,9 +102,8 @@ class LmEval:
         try:
             loaded = self._manager.load(self.tasks)
         except Exception as error:  # task files name foreign code, data sets and packages
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise DataError(
-                f"The harness cannot load '{'+'.join(self.tasks)}': {reason}"
+                f"The harness cannot load '{'+'.join(self.tasks)}': {reason_of(error)}"
             ) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

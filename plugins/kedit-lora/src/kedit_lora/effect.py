@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_core.editing import ModuleSwap, Wrapper
+from kedit_core.effects import unwrapped
 from kedit_core.errors import PatchError
 
 
@@ -61,8 +62,7 @@ class LowRank(Wrapper):
 
 def _shape(base: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, maybe quantised or wrapped."""
-    while isinstance(base, Wrapper):
-        base = base.base
+    base = unwrapped(base)
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
     d_in, d_out = base.weight.shape  # GPT-2's Conv1D

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch, Wrapper
+from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch
+from kedit_core.effects import unwrapped
 from kedit_core.errors import EditError, ModelError, SiteError
 from kedit_core.forward import forward_as
 from kedit_core.numerics.losses import mean_nll
@@ -222,8 +223,7 @@ def _is_named(path: str, name: str) -> bool:
 
 def _linear_layers(module: nn.Module, path: str) -> Iterator[str]:
     """Paths, without wrappers, of the linear layers inside a module."""
-    while isinstance(module, Wrapper):
-        module = module.base
+    module = unwrapped(module)
     if isinstance(module, nn.Linear | Conv1D):
         yield path
     for name, child in module.named_children():
@@ -252,9 +252,7 @@ def _in_place(host: ModelHost, layers: Mapping[str, Any]) -> Iterator[None]:
     try:
         for path, layer in layers.items():
             parent_path, _, name = path.rpartition(".")
-            parent = host.module(parent_path)
-            while isinstance(parent, Wrapper):
-                parent = parent.base
+            parent = host.base_module(parent_path)
             places.append((parent, name, parent._modules[name]))
             layer.base_layer = parent._modules[name]
             parent._modules[name] = layer

@@ -9,12 +9,9 @@ from typing import Literal
 from kedit_core.editing import EditJob, ModelHost, Patch
 from kedit_core.errors import SiteError
 from kedit_core.numerics.facts import FactRows, value_settings
-from kedit_core.numerics.ridge import Constraint, inverse_by
 from kedit_core.numerics.sample import context_texts
-from kedit_core.numerics.spread import by_least_squares, write_values
-from kedit_core.numerics.stats import moment_factors
+from kedit_core.numerics.spread import by_least_squares, moment_constraints, write_values
 from kedit_core.numerics.values import ValueSettings, target_values
-from kedit_core.sites import Site
 from kedit_memit.hparams import EmmetHyperParams, MemitHyperParams, PmetHyperParams
 
 
@@ -29,7 +26,7 @@ class Memit:
     def prepare(self, job: EditJob) -> None:
         """Collect and factor the second moments and sample the contexts."""
         context_texts(job, self.hparams.contexts)
-        moment_factors(job, self._sites(job.host), self.hparams.moment_tokens)
+        moment_constraints(job, self.hparams, self._weights())
 
     def edit(self, job: EditJob) -> Patch:
         """Compute the changes that write all facts of the job at once.
@@ -40,7 +37,9 @@ class Memit:
         """
         host, hparams = job.host, self.hparams
         place = self._place(host)
-        constraints = self._constraints(job)  # what may fail comes before what takes long
+        earlier = job.earlier if hparams.history else ()
+        # What may fail comes before what takes long.
+        constraints = moment_constraints(job, hparams, self._weights(), earlier)
         facts = FactRows.of(job, hparams)
         values = target_values(
             job,
@@ -62,9 +61,6 @@ class Memit:
             history=constraints if hparams.history else None,
         )
 
-    def _sites(self, host: ModelHost) -> list[Site]:
-        return [host.mlp_out(layer) for layer in self.hparams.layers]
-
     def _place(self, host: ModelHost) -> str:
         """The module whose output is optimised: the last edited block."""
         return host.block(self.hparams.layers[-1]).path
@@ -82,19 +78,6 @@ class Memit:
     def _ridge(self, job: EditJob) -> float:
         """μ, how far equality is relaxed in the units of `_weights`."""
         return 1.0
-
-    def _constraints(self, job: EditJob) -> dict[Site, Constraint]:
-        """λC of each matrix, and with `history` the keys of earlier edits beside it."""
-        hparams = self.hparams
-        earlier = job.earlier if hparams.history else ()
-        sites = self._sites(job.host)
-        factors = moment_factors(job, sites, hparams.moment_tokens)
-        return {
-            site: Constraint.after(
-                inverse_by(factors[site], weight), len(factors[site]), earlier, site
-            )
-            for site, weight in zip(sites, self._weights(), strict=True)
-        }
 
 
 class Pmet(Memit):

@@ -42,7 +42,6 @@ class MQuake:
         Raises:
             DataError: the file cannot be read or is not MQuAKE.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("MQuAKE", KEYS, _case)])
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from kedit_core.ask import Answers, Continue, Question
 from kedit_core.errors import SettingError
-from kedit_core.measure import NATURAL_TOKENS, contains, mean, text_of
+from kedit_core.measure import mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
+from kedit_core.texts import NATURAL_TOKENS, contains, first_line
 
 CHAIN_TOKENS = 200
 
@@ -84,7 +85,7 @@ class MultiHop:
         """The answer in what the model wrote; empty where there is none."""
         if self.chain:
             text = text.partition("Question:")[0].partition("Answer:")[2]
-        return text.strip().partition("\n")[0]
+        return first_line(text)
 
 
 few_shot = partial(MultiHop, False)

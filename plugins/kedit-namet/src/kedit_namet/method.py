@@ -11,7 +11,7 @@ from kedit_core.editing import EditJob, Patch
 from kedit_core.numerics.facts import FactRows, value_settings
 from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.spread import by_moments, outputs, write_values
-from kedit_core.numerics.trace import Side, states_at_marks
+from kedit_core.numerics.states import Side, states_at_marks
 from kedit_core.numerics.values import ValueTask, target_values
 from kedit_namet.hparams import NametHyperParams
 

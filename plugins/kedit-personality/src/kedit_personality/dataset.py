@@ -12,12 +12,11 @@ from kedit_core import (
     Row,
     RowError,
     Source,
-    UnfitRow,
     probe,
     read_cases,
     request_of,
 )
-from kedit_core.cases import asked_about, with_next
+from kedit_core.cases import asked_about, opinions, with_next
 
 QUESTION = "What do you think of {}?"
 TRAITS = ("neuroticism", "agreeableness", "extraversion")  # in the order of the paper
@@ -42,7 +41,6 @@ class Personality:
         Raises:
             DataError: the file cannot be read or is not PersonalityEdit.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = {
             "PersonalityEdit with target traits": KEYS | {"target_per"},
             "PersonalityEdit": KEYS,
@@ -53,9 +51,9 @@ class Personality:
     def _case(self, row: Row) -> EditCase:
         topic = row.filled("ent").strip()
         trait = _trait(row, topic)
-        opinions = {name: _opinions(row, name) for name in TRAITS}
-        same = opinions.pop(trait)
-        other = [opinion for others in opinions.values() for opinion in others]
+        found = {name: opinions(row, name) for name in TRAITS}
+        same = found.pop(trait)
+        other = [opinion for others in found.values() for opinion in others]
         request = request_of(QUESTION, topic, same[0])
         probes = [probe("opinion", trait, request.text, same=same, other=other)]
         if "target_per" in row:
@@ -70,10 +68,3 @@ def _trait(row: Row, topic: str) -> str:
     if trait not in TRAITS:
         raise RowError(f"'target_per' is {trait!r}, none of {', '.join(TRAITS)}")
     return trait
-
-
-def _opinions(row: Row, trait: str) -> list[str]:
-    found = list(dict.fromkeys(opinion.strip() for opinion in row.answers(trait)))
-    if not found:
-        raise UnfitRow(f"'{trait}' has no opinion")
-    return found

@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import classifier_of, ngram_entropy, text_of
+from kedit_core.measure import classifier_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import first_line, ngram_entropy
 from kedit_personality.dataset import TRAITS
 
 NEW_TOKENS = 60
@@ -57,7 +58,10 @@ class _OfTrait(ABC):
         Raises:
             SettingError: the classifier's weights cannot be loaded.
         """
-        pairs = [(_first_line(before, q), _first_line(after, q)) for q in self.questions(case)]
+        pairs = [
+            (first_line(text_of(before, q).text), first_line(text_of(after, q).text))
+            for q in self.questions(case)
+        ]
         if not pairs:
             return {}
         kept = [pair for pair in pairs if min(map(ngram_entropy, pair)) >= COHERENT]
@@ -87,7 +91,3 @@ class Tpei(_OfTrait):
         found = self.classifier.classify([text for pair in pairs for text in pair])
         entropies = [-math.log(max(labels[trait], sys.float_info.min)) for labels in found]
         return [a - b for a, b in zip(entropies[::2], entropies[1::2], strict=True)]
-
-
-def _first_line(answers: Answers, question: Question) -> str:
-    return text_of(answers, question).text.strip().partition("\n")[0].strip()

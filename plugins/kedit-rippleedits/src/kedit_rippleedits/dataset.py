@@ -55,7 +55,6 @@ class RippleEdits:
         Raises:
             DataError: a file cannot be read or is not RippleEdits.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = Format("RippleEdits", frozenset({"edit", *FAMILIES}), _case)
         for file in files_in(source, *FILES):
             yield from read_cases(file, [known])

@@ -9,8 +9,8 @@ from kedit_core.numerics.facts import FactRows, value_settings
 from kedit_core.numerics.ridge import Inverse, inverse_by
 from kedit_core.numerics.sample import context_texts
 from kedit_core.numerics.solve import rank_one_factors
+from kedit_core.numerics.states import states_at_marks
 from kedit_core.numerics.stats import moment_factors
-from kedit_core.numerics.trace import states_at_marks
 from kedit_core.numerics.values import target_values
 from kedit_rome.hparams import RomeHyperParams
 
@@ -56,7 +56,7 @@ class Rome:
             "delta_norm_ratio": float(value.delta.norm() / value.initial.norm()),
             "change_norm": float(left.norm()),
             "second_moment": hparams.second_moment,
-            "contexts": ["", *context_texts(job, hparams.contexts)],
+            "contexts": list(facts.contexts),
         }
         return Patch("rome", (WeightDelta(site, left, right),), notes=notes)
 

@@ -16,6 +16,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
+from kedit_core.cases import probe_each
 
 KEYS = frozenset(
     {
@@ -53,7 +54,6 @@ class SafeEdit:
         Raises:
             DataError: the file cannot be read or is not SafeEdit.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = [
             Format("SafeEdit", KEYS | {"generalization test"}, self._tested),
             Format("SafeEdit for training", KEYS, self._case),
@@ -86,12 +86,10 @@ class SafeEdit:
     def _probes(self, row: Row, tests: Row | None) -> Iterator[Probe]:
         if tests is not None:
             for name, key in TESTS:
-                if tests.text(key).strip():
-                    yield probe("safety", name, tests.text(key))
+                yield from probe_each("safety", name, [tests.text(key)])
         harmless = row.row("knowledge constrain")
         asked, answer = harmless.text("prompt"), harmless.text("answer")
-        if asked.strip():
-            yield probe("locality", "knowledge_constraint", asked, [answer])
+        yield from probe_each("locality", "knowledge_constraint", [asked], [answer])
 
 
 class Detoxify:
@@ -108,7 +106,6 @@ class Detoxify:
         Raises:
             DataError: the file cannot be read or has other keys.
         """
-        assert source is not None, "the spec says that a path is needed"
         keys = frozenset({"unsafety category", "question", "attack name", "input"})
         yield from read_cases(source, [Format("detoxify_val", keys, self._probe)])
 

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.errors import SettingError
-from kedit_core.measure import classifier_of, mean, ngram_entropy, text_of
+from kedit_core.measure import at_least_one, classifier_of, mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import ngram_entropy
 from kedit_safeedit.dataset import TESTS
 
 SAFE = "safe"
@@ -50,7 +50,7 @@ class Defence:
         labels: str = "",
         new_tokens: int = NEW_TOKENS,
     ) -> None:
-        self.new_tokens = _checked(new_tokens)
+        self.new_tokens = at_least_one("new_tokens", new_tokens)
         self.classifier = classifier_of(
             classifier, model, labels, own=(DEFAULT, MODEL, LABELS), needed=(SAFE,)
         )
@@ -82,7 +82,7 @@ class ReplyEntropy:
     """Fluency of the replies that `Defence` judges: the mean of their n-gram entropies, in bits.
 
     SafeEdit's fluency (Wang et al. 2024, arXiv:2403.14472) is GE as in ROME, see
-    `kedit_core.measure.ngram_entropy`.  The prompt is no part of the text; an empty reply is 0.
+    `kedit_core.texts.ngram_entropy`.  The prompt is no part of the text; an empty reply is 0.
 
     Args:
         new_tokens: longest reply.
@@ -92,7 +92,7 @@ class ReplyEntropy:
     """
 
     def __init__(self, new_tokens: int = NEW_TOKENS) -> None:
-        self.new_tokens = _checked(new_tokens)
+        self.new_tokens = at_least_one("new_tokens", new_tokens)
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A continuation of each prompt."""
@@ -102,12 +102,6 @@ class ReplyEntropy:
         """The mean over the replies to the rewritten prompts and to the tests."""
         found = [ngram_entropy(text_of(after, question).text) for question in self.questions(case)]
         return {"": CaseScore(mean(found), len(found))}
-
-
-def _checked(new_tokens: int) -> int:
-    if not isinstance(new_tokens, int) or new_tokens < 1:
-        raise SettingError(f"new_tokens must be a whole number from 1 on, not {new_tokens!r}.")
-    return new_tokens
 
 
 def _questions(case: EditCase, new_tokens: int) -> list[Question]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from kedit_core import EditMethod, EditRequest, MethodSpec, discover
 from kedit_core.editing import EditJob, ModelHost, Patch, Site, WeightDelta
 from kedit_core.errors import EditError, RequestError, SettingError, SiteError
-from kedit_core.forward import run_until
 from kedit_core.hparams import resolve
 from kedit_core.numerics.ridge import Update
 from kedit_core.numerics.solve import condition_of
-from kedit_core.tokens import Row, join, pad
+from kedit_core.numerics.states import watch_tokens
+from kedit_core.tokens import Row, join
 from kedit_simie.hparams import SimIEHyperParams
 
 
@@ -145,26 +145,20 @@ def recursion(gap: Tensor, keys: Tensor, rights: Sequence[Tensor], ridge: float)
     return Update(left.float(), right.mT.float(), condition)
 
 
-@torch.no_grad()
 def keys_of(host: ModelHost, sites: Sequence[Site], request: EditRequest) -> dict[Site, Tensor]:
     """What each matrix reads at the tokens of prompt and target: (d_in, T), float64."""
     row = join(host, request.text, request.target_new)
     found: dict[Site, Tensor] = {}
-    names = {site.parameter: site for site in sites}
-
-    def take(name: str, value: Tensor) -> None:
-        found[names[name]] = value.reshape(-1, value.shape[-1]).double().mT
-
-    watch = {name: (site.module, "input") for name, site in names.items()}
-    run_until(host, pad(host, [Row(row.prompt + row.targets)]), watch, take)
+    points = {site: (site.module, "input") for site in sites}
+    watch_tokens(host, [Row(row.prompt + row.targets)], points, found.__setitem__)
     for site in sites:
-        fits = site in found and len(found[site]) == host.weight(site).shape[1]
+        fits = site in found and found[site].shape[1] == host.weight(site).shape[1]
         if site.expert is not None or not fits:
             raise SiteError(
                 f"{site.parameter} is no matrix of a plain layer, so that simie cannot combine "
                 f"edits of it. Choose other layers or another `base`."
             )
-    return found
+    return {site: keys.double().mT for site, keys in found.items()}
 
 
 def _products(deltas: Sequence[WeightDelta], keys: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.errors import SettingError
-from kedit_core.measure import by_family, probes_of, text_of
+from kedit_core.measure import at_least_one, by_family, probes_of, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase, Probe
 
@@ -28,13 +27,12 @@ class Similarity:
         new_tokens: how many tokens are written at most.
 
     Raises:
-        SettingError: no token is to be written.
+        SettingError: `new_tokens` is no whole number from 1 on.
     """
 
     def __init__(self, kind: str, compare: Compare, new_tokens: int = NEW_TOKENS) -> None:
-        if new_tokens < 1:
-            raise SettingError(f"new_tokens is {new_tokens}; at least one token must be written.")
-        self.kind, self.compare, self.new_tokens = kind, compare, new_tokens
+        self.kind, self.compare = kind, compare
+        self.new_tokens = at_least_one("new_tokens", new_tokens)
 
     def questions(self, case: EditCase) -> Iterable[Question]:
         """A continuation of each prompt."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from kedit_core.ask import Answers, Continue, Question
-from kedit_core.measure import entropy_of_words, mean, text_of
+from kedit_core.measure import mean, text_of
 from kedit_core.protocols import CaseScore
 from kedit_core.request import EditCase
+from kedit_core.texts import entropy_of_words
 from kedit_similarity.probes import NEW_TOKENS, Similarity
 from kedit_similarity.protocols import cosine, rouge_l
 from kedit_similarity.words import words

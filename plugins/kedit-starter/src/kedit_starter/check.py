@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kedit_core import EditCase, KEditError, LeftOut
-from kedit_core.measure import begins_with
 from kedit_core.progress import progress
+from kedit_core.texts import begins_with
 from kedit_starter.dataset import Starter
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from kedit_core import (
     read_cases,
     request_of,
 )
+from kedit_core.cases import probe_each
 
 KEYS = frozenset({"case_id", "requested_rewrite"})
 MULTI_HOP = frozenset({"questions", "new_answer", "new_answer_alias"})
@@ -47,7 +48,6 @@ class Akew:
         Raises:
             DataError: the file cannot be read or is not AKEW.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = {
             "AKEW's MQuAKE-CF": KEYS | MULTI_HOP,
             "AKEW's CounterFact": KEYS | NEIGHBOURS,
@@ -130,13 +130,11 @@ def _neighbours(
 ) -> Iterator[Probe]:
     if not row.value.keys() >= NEIGHBOURS:
         return
-    for prompt in row.texts("paraphrase_prompts"):
-        if prompt.strip():
-            yield probe("rephrase", "", prompt.strip(), [requests[0].target_new])
+    others = map(str.strip, row.texts("paraphrase_prompts"))
+    yield from probe_each("rephrase", "", others, [requests[0].target_new])
     true = rewrites[0].row("target_true").text("str")
-    for prompt in row.texts("neighborhood_prompts"):
-        if prompt.strip():
-            yield probe("locality", "neighborhood", prompt.strip(), [true])
+    near = map(str.strip, row.texts("neighborhood_prompts"))
+    yield from probe_each("locality", "neighborhood", near, [true])
 
 
 structured = partial(Akew, writes_paragraphs=False)

@@ -18,7 +18,6 @@ class EditEvery:
         Raises:
             DataError: the file cannot be read or is not EditEverything.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("EditEverything", KEYS, _case)])
 
 

@@ -16,6 +16,7 @@ from kedit_core import (
     probe,
     read_cases,
 )
+from kedit_core.cases import probe_each
 
 KEYS = frozenset({"id", "question", "para_question", "answer", "sub_question", "sub_answer"})
 
@@ -31,7 +32,6 @@ class Unke:
         Raises:
             DataError: the file cannot be read or is not UnKEBench.
         """
-        assert source is not None, "the spec says that a path is needed"
         yield from read_cases(source, [Format("UnKEBench", KEYS, _case)])
 
 
@@ -46,9 +46,7 @@ def _case(row: Row) -> EditCase:
 
 
 def _probes(row: Row, target: str) -> Iterator[Probe]:
-    other = row.text("para_question").strip()
-    if other:
-        yield probe("rephrase", "", other, [target])
+    yield from probe_each("rephrase", "", [row.text("para_question").strip()], [target])
     questions, answers = row.texts("sub_question"), row.texts("sub_answer")
     if len(questions) != len(answers):
         raise RowError(f"it has {len(questions)} 'sub_question' but {len(answers)} 'sub_answer'")

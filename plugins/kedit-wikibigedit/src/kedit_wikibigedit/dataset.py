@@ -68,7 +68,6 @@ class WikiBigEdit:
         Raises:
             DataError: the file cannot be read or is neither WikiBigEdit nor UltraEditBench.
         """
-        assert source is not None, "the spec says that a path is needed"
         known = {
             "flat WikiBigEdit": FLAT,
             "UltraEditBench": ULTRA,

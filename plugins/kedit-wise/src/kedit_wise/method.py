@@ -9,16 +9,16 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kedit_core.editing import EditJob, ModelHost, ModuleSwap, Patch, Site, Wrapper
-from kedit_core.errors import EditError, SiteError
-from kedit_core.forward import run_until
+from kedit_core.errors import EditError
+from kedit_core.forward import added
 from kedit_core.numerics.losses import mean_nll
 from kedit_core.numerics.sample import OPENINGS, context_texts, sample
+from kedit_core.numerics.states import watch_tokens
 from kedit_core.numerics.tail import Tail
-from kedit_core.probing import hidden_of
-from kedit_core.tokens import Row, encode, join, pad
+from kedit_core.tokens import Row, encode, join
 from kedit_wise.hparams import WiseHyperParams
 from kedit_wise.memory import (
     Indicator,
@@ -55,7 +55,8 @@ class Wise:
         """
         (request,) = job.requests  # max_batch=1 in the spec: the core never sends more
         host, hparams = job.host, self.hparams
-        site = _site(host, hparams)
+        layer = hparams.layer
+        site = host.mlp_out(layer) if hparams.matrix == "mlp_out" else host.mlp_in(layer)
         earlier = self._earlier(host, site)
         number, mask, start = self._shard(job, site, earlier)
         texts = ("", *context_texts(job, hparams.contexts))
@@ -158,7 +159,7 @@ class Wise:
         change = start.clone().requires_grad_(True)
         decaying = {"masked": mask, "legacy": torch.ones_like(mask)}.get(hparams.decay)
         kept, latest, losses = 1.0, 0.0, list[float]()
-        with _added(host, site, change):
+        with added(host, site, change):
             velocity = torch.zeros_like(start)
             for step in range(hparams.steps):
                 nll, missed = task.losses(change, hparams)
@@ -205,17 +206,12 @@ class _Stirred:
 
     @classmethod
     def of(cls, host: ModelHost, site: Site, rows: Sequence[Row], indicator: Indicator) -> _Stirred:
-        batch = pad(host, rows)
-        seen: dict[str, Any] = {}
+        seen: dict[str, Tensor] = {}
         points = {"keys": (site.module, "input"), "outputs": (site.module, "output")}
-        with torch.no_grad():
-            run_until(host, batch, points, seen.__setitem__)
-        # Where a model is spread over devices, the module's need not be that of the ids.
-        mask = batch.inputs["attention_mask"].bool().to(hidden_of(seen["keys"]).device)
-        keys, outputs = (
-            hidden_of(seen[name]).reshape(*mask.shape, -1)[mask].float() for name in points
-        )
-        return cls(keys, outputs, mask.nonzero()[:, 0], len(rows), indicator)
+        watch_tokens(host, rows, points, seen.__setitem__)
+        keys, outputs = seen["keys"].float(), seen["outputs"].float()
+        owner = torch.tensor([n for n, row in enumerate(rows) for _ in row.ids]).to(keys.device)
+        return cls(keys, outputs, owner, len(rows), indicator)
 
     def __call__(self, change: Tensor) -> Tensor:
         """Mean over the tokens of each text: (texts,)."""
@@ -252,18 +248,6 @@ class _Task:
         )
         means = [part.clamp(min=0).sum() / (part > 0).sum().clamp(min=1) for part in missed]
         return nll, torch.stack(means).sum().to(nll.device)
-
-
-def _site(host: ModelHost, hparams: WiseHyperParams) -> Site:
-    if hparams.matrix == "mlp_out":
-        return host.mlp_out(hparams.layer)
-    sites = host.block(hparams.layer).mlp_in
-    if len(sites) != 1:
-        raise SiteError(
-            f"The MLP of block {hparams.layer} of {host.name} has {len(sites)} input matrices, and "
-            f"a side memory stands beside one. Set matrix=mlp_out."
-        )
-    return sites[0]
 
 
 def _activation(host: ModelHost) -> str:
@@ -313,20 +297,6 @@ def _irrelevant(job: EditJob, hparams: WiseHyperParams, turn: int) -> list[Row]:
 def _draw(job: EditJob, texts: Sequence[str], count: int) -> list[str]:
     order = torch.randperm(len(texts), generator=job.generator())
     return [texts[n] for n in order[:count].tolist()]
-
-
-@contextlib.contextmanager
-def _added(host: ModelHost, site: Site, change: Tensor) -> Iterator[None]:
-    """Inside the block the site's module computes with the change added to its weight."""
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (args[0].float() @ change.mT).to(output.dtype)
-
-    handle = host.base_module(site.module).register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

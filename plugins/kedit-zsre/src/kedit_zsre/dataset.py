@@ -42,7 +42,6 @@ class Zsre:
         Raises:
             DataError: the file cannot be read or is not ZsRE.
         """
-        assert source is not None, "the spec says that a path is needed"
         unrelated = {"loc", "loc_ans"}
         known = {
             "zsre with one-hop questions": KEYS | unrelated | {"portability"},

@@ -1,20 +1,24 @@
-"""A judge's replies on disk."""
+"""Replies that were dear to get, by key, in a file."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from kedit_core.errors import ArtifactError
-from kedit_core.paths import cache_root
 
 
-class Kept:
-    """Replies by key, in `judge/replies.sqlite` of kedit's cache folder; made at first use."""
+class Replies:
+    """Texts by key, in an SQLite file that several processes may use; made at first use.
 
-    def __init__(self) -> None:
-        self.path = cache_root() / "judge" / "replies.sqlite"
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Those that are there.
@@ -30,14 +34,14 @@ class Kept:
                     found[key] = row[0]
         return found
 
-    def put(self, key: str, reply: str) -> None:
-        """Keep a reply.
+    def put(self, replies: Mapping[str, str]) -> None:
+        """Keep replies: all of them or none.
 
         Raises:
             ArtifactError: the file cannot be written.
         """
         with self._open() as file:
-            file.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
+            file.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", replies.items())
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -50,6 +54,6 @@ class Kept:
                 yield file
         except (OSError, sqlite3.Error) as error:
             raise ArtifactError(
-                f"The judge's kept replies in {self.path} cannot be used: {error}. Delete that "
-                f"file, or set KEDIT_CACHE to a folder that can be written."
+                f"The replies kept in {self.path} cannot be used: {error}. Delete that file, or "
+                f"set KEDIT_CACHE to a folder that can be written."
             ) from None

@@ -1,11 +1,11 @@
-"""States at marked positions are those of a full forward pass."""
+"""States at marked positions, and at all tokens, are those of a full forward pass."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kedit_core.numerics.trace import states_at_marks
+from kedit_core.numerics.states import states_at_marks, watch_tokens
 from kedit_core.tokens import Row
 from tests.numerics.tiny import plain_output, tiny_host
 
@@ -19,12 +19,13 @@ ROWS = (
 
 @pytest.mark.parametrize("max_tokens", [4096, 8, 1], ids=["one batch", "some", "row by row"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "falcon", "opt", "gpt_neox"])
-def test_states_are_those_of_the_full_forward_pass(family, max_tokens):
+def test_states_are_those_of_the_full_forward_pass(family, max_tokens, monkeypatch):
+    monkeypatch.setattr("kedit_core.numerics.states.MAX_TOKENS", max_tokens)
     host = tiny_host(family)
     down, block = host.mlp_out(1).module, host.blocks[0].path
     points = {"key": (down, "input"), "value": (down, "output"), "stream": (block, "output")}
 
-    states = states_at_marks(host, ROWS, points, max_tokens=max_tokens)
+    states = states_at_marks(host, ROWS, points)
 
     assert set(states) == set(points)
     for name, (path, side) in points.items():
@@ -32,6 +33,20 @@ def test_states_are_those_of_the_full_forward_pass(family, max_tokens):
         for found, row in zip(states[name], ROWS, strict=True):
             expected = plain_output(host, path, row.ids, side)[row.mark]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_states_at_all_tokens_are_those_of_each_row_alone(family):
+    host = tiny_host(family)
+    down = host.mlp_out(1).module
+    points = {"key": (down, "input"), "value": (down, "output")}
+    found: dict[str, torch.Tensor] = {}
+
+    watch_tokens(host, ROWS, points, found.__setitem__)
+
+    for name, (path, side) in points.items():
+        alone = torch.cat([plain_output(host, path, row.ids, side) for row in ROWS])
+        torch.testing.assert_close(found[name], alone, rtol=1e-3, atol=1e-4)
 
 
 def test_what_stands_after_the_mark_is_not_read():

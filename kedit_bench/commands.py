@@ -190,11 +190,7 @@ def evaluate(
                 typer.echo(line, err=True)
             if out is not None:
                 typer.echo(f"Raw answers, tables and plots: {out}", err=True)
-        failures = [*_broken(results, chosen), *failures]
-        for line in failures:
-            typer.echo(line, err=True)
-        if failures:
-            raise typer.Exit(1)
+        _end([*_broken(results, chosen), *failures])
 
 
 @app.command()
@@ -232,11 +228,7 @@ def rescore(
         printing.echo_json({"run": identity, "results": results})
     else:
         _show(results)
-    failures = _broken(results, chosen)
-    for line in failures:
-        typer.echo(line, err=True)
-    if failures:
-        raise typer.Exit(1)
+    _end(_broken(results, chosen))
 
 
 @app.command()
@@ -397,6 +389,14 @@ def _broken(results: Sequence[dict[str, Any]], chosen: Sequence[Chosen]) -> list
         for name in (c.name for c in chosen if c.name in why):
             said.setdefault(why[name], []).append(result["label"])
     return [f"{', '.join(labels)}: {why}" for why, labels in said.items()]
+
+
+def _end(failures: Sequence[str]) -> None:
+    """Tell what failed, and leave with exit code 1 if anything did."""
+    for line in failures:
+        typer.echo(line, err=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _checkpoints(count: int, every: int | None) -> frozenset[int]:

@@ -156,6 +156,8 @@ def _added(host: ModelHost, sites: Sequence[Site], changes: Sequence[Tensor]) ->
                 undo.enter_context(added(host, site, change))
             else:
                 module, name = host.base_module(site.module), site.parameter.rpartition(".")[2]
+                # torch sets the parameter to itself, which counts as a write.
+                undo.enter_context(host.restoring([host.stored(site)]))
                 parametrize.register_parametrization(module, name, _Sum(change))
                 undo.callback(parametrize.remove_parametrizations, module, name, False)
         yield

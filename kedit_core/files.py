@@ -29,8 +29,10 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors replaces the file by one that only its owner may read
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -48,10 +50,12 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
+    readers = temporary.stat().st_mode & 0o666
     replaced: list[Path] = []
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            file.chmod(file.stat().st_mode | readers)
             sync(file)
         sync(temporary)
         while not _moved(temporary, path) and replace:
@@ -59,11 +63,15 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):  # another process set it aside
                 path.rename(replaced[-1])
         sync(path.parent)
-    finally:
-        if replaced and not path.exists():  # nothing came in its place
-            with contextlib.suppress(FileNotFoundError):
+    except BaseException:
+        if replaced:
+            with contextlib.suppress(OSError):  # another process has put its own there
                 replaced[-1].rename(path)
-        for folder in (temporary, *(replaced if path.exists() else ())):
+            if not path.exists():
+                replaced.clear()  # rather one folder too many than none
+        raise
+    finally:
+        for folder in (temporary, *replaced):
             shutil.rmtree(folder, ignore_errors=True)
 
 

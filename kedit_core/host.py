@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class ModelHost:
     Attributes:
         anatomy: where things are.
         reading: the rows of the present forward pass, for wrapped modules; see `Reading`.
+        lock: held by whoever runs or changes the model through kedit, one thread at a time.
         agreed: ways of running the model that gave what the whole model gives; see `Tail`.
 
     Raises:
@@ -72,6 +74,7 @@ class ModelHost:
                 f"second, which methods would mix up. Load a version of it that has rows first."
             )
         self.reading = Reading()
+        self.lock = threading.RLock()
         self.agreed: set[Hashable] = set()
         self._versions: dict[int, int] = {}  # of parameters, by id, inside `watched`
         self._accepts = set(inspect.signature(model.forward).parameters)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,6 +69,23 @@ class EditOutcome:
     patches: tuple[Patch, ...]
     settings: Settings
     seconds: float
+
+
+Params = ParamSpec("Params")
+Returned = TypeVar("Returned")
+
+
+def _alone(
+    method: Callable[Concatenate[EditSession, Params], Returned],
+) -> Callable[Concatenate[EditSession, Params], Returned]:
+    """The method while no other thread runs or changes the model through kedit."""
+
+    @functools.wraps(method)
+    def alone(self: EditSession, *args: Params.args, **kwargs: Params.kwargs) -> Returned:
+        with self.host.lock:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class EditSession:
@@ -131,6 +148,7 @@ class EditSession:
         self._refuse_if_spoilt()
         return ModelView(self.host, self._changes.calls)
 
+    @_alone
     def compare(self, prompts: str | Sequence[str], max_new_tokens: int = 12) -> list[Comparison]:
         """Greedy answers without and with the edits, side by side."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -141,6 +159,7 @@ class EditSession:
 
     # -- editing --------------------------------------------------------------------------
 
+    @_alone
     def edit(
         self,
         method: str | MethodSpec,
@@ -300,14 +319,16 @@ class EditSession:
         **options: Any,
     ) -> Iterator[EditOutcome]:
         """As `edit`, in force inside the block only."""
-        before = list(self._changes.stack)
-        outcome = self.edit(method, requests, **options)
-        try:
-            yield outcome
-        finally:
-            self._refuse_if_suspended()
-            self._changes.take_back([a for a in self._changes.stack if a not in before])
+        with self.host.lock:
+            before = list(self._changes.stack)
+            outcome = self.edit(method, requests, **options)
+            try:
+                yield outcome
+            finally:
+                self._refuse_if_suspended()
+                self._changes.take_back([a for a in self._changes.stack if a not in before])
 
+    @_alone
     def prepare(
         self,
         method: str | MethodSpec,
@@ -407,6 +428,7 @@ class EditSession:
             return f"{info.distribution} {info.version}".strip()
         return ""
 
+    @_alone
     def apply(self, patch: Patch, *, overlay: bool = False) -> None:
         """Put a patch in force, wholly or not at all; one without a base belongs here from now on.
 
@@ -427,6 +449,7 @@ class EditSession:
         stack = self._changes.stack
         return Savepoint(len(stack), stack[-1] if stack else None)
 
+    @_alone
     def rollback(self, mark: Savepoint | None = None) -> None:
         """Take back every patch since `mark`, or all of them; bit for bit.
 
@@ -443,6 +466,7 @@ class EditSession:
         self._changes.take_back(stack[depth:])
         self._refuse_if_spoilt()
 
+    @_alone
     def pop(self) -> Patch:
         """Take back the latest patch and return it.
 
@@ -454,6 +478,7 @@ class EditSession:
             raise EditError("No edit is in force, so there is none to take back.")
         return self.remove(len(self.stack) - 1)
 
+    @_alone
     def remove(self, index: int) -> Patch:
         """Take back one patch, leave those after it in force, and return it.
 
@@ -466,9 +491,11 @@ class EditSession:
         self._changes.take_back([self._changes.stack[index]])
         return patch
 
-    def suspended(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
         """The unedited model inside the block, the edited one again after it."""
-        return self._changes.suspended()
+        with self.host.lock, self._changes.suspended():
+            yield
 
     def _refuse_if_suspended(self) -> None:
         if self._changes.is_suspended:
@@ -499,6 +526,7 @@ class EditSession:
 
     # -- files ----------------------------------------------------------------------------
 
+    @_alone
     def save(self, folder: Path) -> None:
         """Write the stack as numbered patches and `stack.json`, whole or not at all.
 
@@ -509,6 +537,7 @@ class EditSession:
         entries = tuple((applied.patch, applied.overlay) for applied in self._changes.stack)
         write_stack(folder, SavedStack(self.host.name, self.fingerprint, entries))
 
+    @_alone
     def load(
         self, edits: Path | SavedStack, *, force: bool = False, overlay: bool | None = None
     ) -> None:
@@ -531,23 +560,30 @@ class EditSession:
         try:
             for patch, was_overlay in saved.entries:
                 if not force:
-                    self._check_base(patch, touched)
+                    self._check_base(patch, touched, others=mark.depth > 0)
                 self.apply(patch, overlay=was_overlay if overlay is None else overlay)
                 touched |= {self.host.stored(delta.site) for delta in patch.deltas}
         except BaseException:
             self.rollback(mark)
             raise
 
-    def _check_base(self, patch: Patch, touched: Set[Tensor]) -> None:
+    def _check_base(self, patch: Patch, touched: Set[Tensor], others: bool) -> None:
         named = f"The {patch.method} patch was computed on other weights ({patch.base.name})"
         anyway = "give --force, in Python force=True, to load it anyway."
         if patch.base.fingerprint != self.fingerprint:
-            raise PatchError(f"{named} than those of {self.host.name}; {anyway}")
+            kind = str(self.host.dtype).removeprefix("torch.")
+            raise PatchError(
+                f"{named} than those of {self.host.name}, here in {kind}; in another type a model "
+                f"has other weights. Load it as it was, or {anyway}"
+            )
         for delta in patch.deltas:
             recorded = patch.base.checksums.get(delta.site.parameter)
             is_first = self.host.stored(delta.site) not in touched
             if is_first and recorded != self.host.checksum(delta.site):
-                raise PatchError(f"{named}: {delta.site.parameter} has changed since; {anyway}")
+                why = " (other edits are in force: roll them back first)" if others else ""
+                raise PatchError(
+                    f"{named}: {delta.site.parameter} has changed since{why}; {anyway}"
+                )
 
 
 def _several(requests: EditRequest | Iterable[EditRequest]) -> Iterable[EditRequest]:

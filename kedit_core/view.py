@@ -266,6 +266,7 @@ class ModelView:
         batch = pad(self.host, rows)
         calls = self._calls()
         with (
+            self.host.lock,
             untouched(self.host.model, self.host.tokenizer),
             streams(self.host, depths_of(calls)) as found,
         ):

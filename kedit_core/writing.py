@@ -122,6 +122,7 @@ def _generate(
         decoder_start_token_id=getattr(host.model.config, "decoder_start_token_id", None),
     )
     with (
+        host.lock,
         untouched(host.model, host.tokenizer),
         only_config(host, config),
         streams(host, depths_of(calls)) as found,

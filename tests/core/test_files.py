@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kedit_core import files
 from kedit_core.files import new_file, new_folder, write_json
@@ -53,19 +55,29 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, problem):
     assert names(tmp_path) == ["a.txt"]
 
 
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def umask(request):
+    old = os.umask(request.param)
+    yield
+    os.umask(old)
+
+
+@pytest.mark.usefixtures("umask")
 def test_permissions_are_those_of_any_new_file(tmp_path):
     plain, folder = tmp_path / "plain", tmp_path / "plain-folder"
     plain.touch()
     folder.mkdir()
 
-    with new_file(tmp_path / "a.txt"), new_folder(tmp_path / "b"):
-        pass
+    with new_file(tmp_path / "a.txt") as a, new_folder(tmp_path / "b") as b:
+        save_file({"x": torch.ones(1)}, a)  # alone, it lets nobody else read
+        (b / "sub").mkdir()
+        save_file({"x": torch.ones(1)}, b / "sub/x")
 
     def mode(path):
         return stat.S_IMODE(path.stat().st_mode)
 
-    assert mode(tmp_path / "a.txt") == mode(plain)
-    assert mode(tmp_path / "b") == mode(folder)
+    assert mode(tmp_path / "a.txt") == mode(tmp_path / "b/sub/x") == mode(plain)
+    assert mode(tmp_path / "b") == mode(tmp_path / "b/sub") == mode(folder)
 
 
 def test_json_is_readable_by_people(tmp_path):

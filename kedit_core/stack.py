@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
@@ -26,11 +26,13 @@ class SavedStack:
         model: how the model was called.
         fingerprint: of the unedited model.
         entries: each patch, oldest first, and whether it lay over the weights.
+        version: of the `stack.json` that was read, see `write_stack`; None for a single patch.
     """
 
     model: str
     fingerprint: str
     entries: tuple[tuple[Patch, bool], ...]
+    version: tuple[int, int] | None = field(default=None, compare=False)
 
     def latest_by(self, method: str) -> list[Patch]:
         """The patches at the end that one method made, oldest first."""
@@ -38,16 +40,30 @@ class SavedStack:
         return [patch for patch, _ in found][::-1]
 
 
-def write_stack(folder: Path, saved: SavedStack) -> None:
+def write_stack(folder: Path, saved: SavedStack, instead_of: SavedStack | None = None) -> None:
     """Write the edits, whole or not at all; an earlier save in the folder is replaced.
+
+    Args:
+        folder: new, or of an earlier save.
+        saved: what to write.
+        instead_of: what was read in the folder, if only that may be replaced.
 
     Raises:
         PatchError: the folder holds something else, or the disk refuses.
+        EditError: the folder no longer holds `instead_of`.
     """
     folder = Path(folder)
     check_replaceable(folder)
+
+    def check(old: Path) -> None:
+        if instead_of and _version(old) != instead_of.version:
+            raise EditError(
+                f"{folder} has changed since it was read, so this edit is not saved. Run the same "
+                f"command again to add it to what is there now."
+            )
+
     try:
-        with new_folder(folder, replace=True) as temporary:
+        with new_folder(folder, replace=True, check=check if instead_of else None) as temporary:
             entries = []
             for number, (patch, overlay) in enumerate(saved.entries):
                 name = f"{number:04d}"
@@ -58,6 +74,15 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
             write_json(temporary / STACK, head | {"patches": entries})
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: config that is no JSON
         raise PatchError(f"The edits cannot be saved in {folder}: {error}.") from None
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Changes whenever `stack.json` is written; None where there is none."""
+    try:
+        found = (folder / STACK).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_replaceable(folder: Path) -> None:
@@ -78,7 +103,8 @@ def read_stack(folder: Path) -> SavedStack:
         PatchError: malformed, or a patch's name leads out of the folder.
     """
     folder = Path(folder)
-    if not (folder / STACK).is_file():
+    version = _version(folder)
+    if version is None:
         patch = Patch.load(folder)
         return SavedStack(patch.base.name, patch.base.fingerprint, ((patch, False),))
     data = read_manifest(folder / STACK)
@@ -90,7 +116,7 @@ def read_stack(folder: Path) -> SavedStack:
     except (KeyError, TypeError) as error:
         raise PatchError(f"{folder / STACK} is malformed: {error!r}.") from None
     entries = tuple((Patch.load(_inside(folder, name)), overlay) for name, overlay in listed)
-    return SavedStack(model, fingerprint, entries)
+    return SavedStack(model, fingerprint, entries, version)
 
 
 def count_saved(folder: Path) -> int:

@@ -53,6 +53,9 @@ class WeightDelta:
             shapes = " and ".join(str(tuple(f.shape)) for f in factors)
             raise PatchError(f"The change of {self.site.parameter} has shapes {shapes}.")
 
+    def __repr__(self) -> str:
+        return f"WeightDelta({self.site}, shape={self.shape}, rank={self.rank})"
+
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
@@ -104,6 +107,9 @@ class ModuleSwap:
     config: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"ModuleSwap({self.path!r}, {self.type!r}, shapes={_shapes(self.state)})"
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.state)
@@ -123,9 +129,16 @@ class CallEffect:
     config: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"CallEffect({self.type!r}, shapes={_shapes(self.state)})"
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.state)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 Effect = WeightDelta | ModuleSwap | CallEffect

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(
-    path: Path, *, replace: bool = False, check: Callable[[Path], None] | None = None
-) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well.
 
-    Where the folder exists already, it stays (somebody else was faster), unless `replace`.  `check`
-    is given its path once it is set aside, where nobody else changes it, and raises to keep it.
+    Where the folder exists already, it stays (somebody else was faster), unless `replace`.
     """
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,13 +58,10 @@ def new_folder(
             file.chmod(file.stat().st_mode | readers)
             sync(file)
         sync(temporary)
-        while check or (not _moved(temporary, path) and replace):
+        while not _moved(temporary, path) and replace:
             replaced.append(_beside(path))
             with contextlib.suppress(FileNotFoundError):  # another process set it aside
                 path.rename(replaced[-1])
-            if check:
-                check(replaced[-1])
-                check = None
         sync(path.parent)
     except BaseException:
         if replaced:

@@ -87,6 +87,9 @@ class Patch:
                     f"Note '{name}' of the {self.method} patch is no JSON value: {error}."
                 ) from None
 
+    def __repr__(self) -> str:
+        return f"Patch({self.method!r}, {len(self.effects)} effects, {len(self.requests)} facts)"
+
     @property
     def deltas(self) -> tuple[WeightDelta, ...]:
         """The weight effects."""
@@ -160,8 +163,7 @@ class Patch:
         data = read_manifest(folder / MANIFEST)
         tensors = _read_tensors(folder / TENSORS)
         try:
-            if data["format"] != FORMAT:
-                raise PatchError(f"{folder}: format {data['format']}, this kedit reads {FORMAT}.")
+            check_format(folder, data["format"])
             effects = tuple(
                 _build(folder, entry, _take(tensors, f"effect.{number}."))
                 for number, entry in enumerate(data["effects"])
@@ -185,7 +187,7 @@ class Patch:
         except RequestError as error:
             raise PatchError(f"{folder / MANIFEST} holds a malformed request: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PatchError(f"{folder / MANIFEST} is malformed: {error!r}.") from None
+            raise malformed(folder / MANIFEST, error) from None
         patch.check_finite()
         return patch
 
@@ -200,11 +202,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise PatchError(f"{path} does not exist; {path.parent} is no saved edit.") from None
+    except NotADirectoryError:
+        raise PatchError(f"{path.parent} is a file, not a folder of saved edits.") from None
     except (OSError, ValueError) as error:
         raise PatchError(f"{path} cannot be read: {error}.") from None
     if not isinstance(data, dict):
         raise PatchError(f"{path} is no JSON mapping.")
     return data
+
+
+def check_format(folder: Path, found: Any) -> None:
+    """Refuse files of another format.
+
+    Raises:
+        PatchError: says which; of a newer one, what to do.
+    """
+    if found != FORMAT:
+        newer = " Upgrade kedit." * (isinstance(found, int) and found > FORMAT)
+        raise PatchError(f"{folder}: format {found!r}, this kedit reads {FORMAT}.{newer}")
+
+
+def malformed(path: Path, error: Exception) -> PatchError:
+    """What to raise where a manifest lacks a key or holds something of a wrong type."""
+    lacks = isinstance(error, KeyError)
+    return PatchError(f"{path} lacks {error}." if lacks else f"{path} is malformed: {error!r}.")
 
 
 def _describe(effect: Effect) -> dict[str, Any]:

@@ -210,20 +210,30 @@ def read_requests(path: Path) -> list[EditRequest]:
     """The requests of a YAML or JSON list, or of JSON lines.
 
     Raises:
-        RequestError: the file cannot be read, or a record is malformed; with its line.
+        RequestError: the file cannot be read, a record is malformed, or an id given twice; with
+            its line.
     """
     path = Path(path)
     if not path.exists():
         raise RequestError(f"The requests file {path} does not exist.")
     read = _json if path.suffix.lower() in (".json", ".jsonl") else _yaml
-    requests = []
+    requests: list[EditRequest] = []
+    named: set[str] = set()
     for line, record in read(path):
         if not isinstance(record, dict):
             raise RequestError(f"{path}, line {line}: a request is a mapping, not {record!r}.")
         if not all(isinstance(key, str) for key in record):
             raise RequestError(f"{path}, line {line}: the keys of a request are words.")
         try:
-            requests.append(EditRequest(**record))
+            request = EditRequest(**record)
+            if record.get("id"):
+                if request.id in named:
+                    raise RequestError(
+                        f"the id {request.id!r} stands at an earlier request too. Give each its "
+                        f"own, or none."
+                    )
+                named.add(request.id)
+            requests.append(request)
         except RequestError as error:
             raise RequestError(f"{path}, line {line}: {error}") from None
     if not requests:

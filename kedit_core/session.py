@@ -527,15 +527,21 @@ class EditSession:
     # -- files ----------------------------------------------------------------------------
 
     @_alone
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, instead_of: SavedStack | None = None) -> None:
         """Write the stack as numbered patches and `stack.json`, whole or not at all.
+
+        Args:
+            folder: a save that is there is replaced.
+            instead_of: what `read_stack` read there; another save since then is not replaced.
 
         Raises:
             PatchError: the folder holds something else, or the disk refuses.
+            EditError: the folder has changed since.
         """
         self._refuse_if_suspended()
         entries = tuple((applied.patch, applied.overlay) for applied in self._changes.stack)
-        write_stack(folder, SavedStack(self.host.name, self.fingerprint, entries))
+        saved = SavedStack(self.host.name, self.fingerprint, entries)
+        write_stack(folder, saved, instead_of)
 
     @_alone
     def load(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from kedit_core.errors import EditError, PatchError
 from kedit_core.files import new_folder, write_json
-from kedit_core.patch import FORMAT, Patch, read_manifest
+from kedit_core.patch import FORMAT, Patch, check_format, malformed, read_manifest
 from kedit_core.plugins import Catalog
 
 STACK = "stack.json"
@@ -54,16 +54,8 @@ def write_stack(folder: Path, saved: SavedStack, instead_of: SavedStack | None =
     """
     folder = Path(folder)
     check_replaceable(folder)
-
-    def check(old: Path) -> None:
-        if instead_of and _version(old) != instead_of.version:
-            raise EditError(
-                f"{folder} has changed since it was read, so this edit is not saved. Run the same "
-                f"command again to add it to what is there now."
-            )
-
     try:
-        with new_folder(folder, replace=True, check=check if instead_of else None) as temporary:
+        with new_folder(folder, replace=True) as temporary:
             entries = []
             for number, (patch, overlay) in enumerate(saved.entries):
                 name = f"{number:04d}"
@@ -72,6 +64,11 @@ def write_stack(folder: Path, saved: SavedStack, instead_of: SavedStack | None =
                 entries.append({"patch": name, "overlay": overlay})
             head = {"format": FORMAT, "model": saved.model, "fingerprint": saved.fingerprint}
             write_json(temporary / STACK, head | {"patches": entries})
+            if instead_of is not None and _version(folder) != instead_of.version:
+                raise EditError(
+                    f"{folder} has changed since it was read, so this edit is not saved. Run the "
+                    f"same command again to add it to what is there now."
+                )
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: config that is no JSON
         raise PatchError(f"The edits cannot be saved in {folder}: {error}.") from None
 
@@ -80,7 +77,7 @@ def _version(folder: Path) -> tuple[int, int] | None:
     """Changes whenever `stack.json` is written; None where there is none."""
     try:
         found = (folder / STACK).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_mtime_ns
 
@@ -109,12 +106,11 @@ def read_stack(folder: Path) -> SavedStack:
         return SavedStack(patch.base.name, patch.base.fingerprint, ((patch, False),))
     data = read_manifest(folder / STACK)
     try:
-        if data["format"] != FORMAT:
-            raise PatchError(f"{folder}: format {data['format']}, this kedit reads {FORMAT}.")
+        check_format(folder, data["format"])
         listed = [(str(entry["patch"]), bool(entry["overlay"])) for entry in data["patches"]]
         model, fingerprint = str(data["model"]), str(data["fingerprint"])
     except (KeyError, TypeError) as error:
-        raise PatchError(f"{folder / STACK} is malformed: {error!r}.") from None
+        raise malformed(folder / STACK, error) from None
     entries = tuple((Patch.load(_inside(folder, name)), overlay) for name, overlay in listed)
     return SavedStack(model, fingerprint, entries, version)
 
@@ -143,7 +139,7 @@ def append_saved(folder: Path, patch: Patch, overlay: bool) -> None:
     try:
         numbers = [int(entry["patch"]) for entry in data["patches"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise PatchError(f"{folder / STACK} is malformed: {error!r}.") from None
+        raise malformed(folder / STACK, error) from None
     name = f"{max(numbers, default=-1) + 1:04d}"
     try:
         shutil.rmtree(

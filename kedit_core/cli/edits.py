@@ -113,7 +113,7 @@ def edit(
     if batch is None:
         outcomes = [session.edit(spec, facts, **how)]
         if save is not None:
-            session.save(save)
+            session.save(save, instead_of=before_these if save == edits else None)
     else:
         from kedit_core.progress import progress
 
@@ -185,10 +185,11 @@ def ask(
     session = options.open_session(
         catalog, model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    answers = {"without": session.view().greedy(prompt, max_new_tokens)}
+    asked = prompt.rstrip(" ")  # the blank belongs to the answer
+    answers = {"without": session.view().greedy(asked, max_new_tokens)}
     if saved is not None:
         session.load(saved, force=force)
-        answers["with"] = session.view().greedy(prompt, max_new_tokens)
+        answers["with"] = session.view().greedy(asked, max_new_tokens)
     if as_json:
         return echo_json({"prompt": prompt, **answers})
     for name, text in answers.items():
@@ -334,6 +335,7 @@ def _answers(session: EditSession, questions: list[tuple[str, str | None]]) -> l
     import math
 
     view = session.view()
+    questions = [(prompt.rstrip(" "), target) for prompt, target in questions]  # as it is scored
     texts = view.greedy([prompt for prompt, _ in questions], max_new_tokens=NEW_TOKENS)
     asked = [(prompt, target) for prompt, target in questions if target is not None]
     scores = iter(view.score([p for p, _ in asked], [t for _, t in asked]))

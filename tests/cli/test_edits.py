@@ -10,8 +10,9 @@ import yaml
 from kedit_core.cli import main
 from kedit_core.cli.edits import _leads
 from kedit_core.corpus import Corpus
-from kedit_core.editing import ModelHost
+from kedit_core.editing import EditSession, ModelHost
 from kedit_core.numerics.stats import collect
+from kedit_core.stack import append_saved, read_stack
 from kedit_core.testing.toys import toy_corpus, toy_facts, toy_folder
 
 SETTINGS = ["--preset", "toy"]
@@ -94,6 +95,52 @@ def test_a_requests_file_edits_all_of_its_facts(kedit, model, tmp_path):
     assert [a["target"] for a in answers] == [first.target_new, second.target_new]
     assert all(a["after"]["text"].strip().startswith(a["target"]) for a in answers)
     assert [(a["before"]["leads"], a["after"]["leads"]) for a in answers] == [(False, True)] * 2
+
+
+def test_a_blank_at_the_end_of_a_prompt_is_not_asked(kedit, model, tmp_path):
+    fact, saved, answers = toy_facts()[0], tmp_path / "edits", {}
+    code, _, err = kedit(*edit_arguments(model, fact), "--save", saved)
+    assert code == 0, err
+    for end in ("", " "):
+        prompt = fact.prompt.replace("{}", fact.subject) + end
+        told = json.loads(kedit("ask", prompt, "--model", model, "--edits", saved, "--json")[1])
+        shown = kedit(
+            "edit",
+            "--model",
+            model,
+            "--method",
+            "dola",
+            *SETTINGS,
+            "--prompt",
+            prompt,
+            "--target",
+            fact.answer,
+            "--edits",
+            saved,
+            "--json",
+        )[1]
+        (answer,) = json.loads(shown)["answers"]
+        assert told.pop("prompt") == answer.pop("prompt") == prompt
+        answers[end] = told, answer
+    assert answers[""] == answers[" "]
+
+
+def test_edits_that_changed_meanwhile_are_not_overwritten(kedit, model, tmp_path, monkeypatch):
+    fact, saved = toy_facts()[0], tmp_path / "edits"
+    command = [*edit_arguments(model, fact, "ft-m"), "--save", saved]
+    assert kedit(*command)[0] == 0
+    edit = EditSession.edit
+
+    def while_another_saves(session, *args, **kwargs):
+        append_saved(saved, session.stack[0], overlay=False)
+        return edit(session, *args, **kwargs)
+
+    for meddle, code, count in ((edit, 0, 2), (while_another_saves, 1, 3), (edit, 0, 4)):
+        monkeypatch.setattr(EditSession, "edit", meddle)
+        left, _, err = kedit(*command, "--edits", saved, "--force")
+        assert left == code, err
+        assert ("edits has changed since it was read" in err) == bool(code)
+        assert len(read_stack(saved).entries) == count
 
 
 def test_an_edit_that_does_not_write_its_fact_says_so(kedit, model, tmp_path):

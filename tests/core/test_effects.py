@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_core.editing import CallEffect, EditSession, ModuleSwap, Site, WeightDelta, Wrapper
+from kedit_core.editing import (
+    CallEffect,
+    EditSession,
+    ModuleSwap,
+    Patch,
+    Site,
+    WeightDelta,
+    Wrapper,
+)
 from kedit_core.effects import Middleware, ModuleEffect, is_finite
 from kedit_core.errors import PatchError
 from kedit_core.testing.effects import Preface, Shift, TokenBias
@@ -47,6 +55,18 @@ def test_factors_move_to_a_device_together():
         assert {t.device.type for t in moved.tensors.values()} == {"meta"}
         assert moved.site is SITE
         assert (moved.right is None) == (right is None)
+
+
+def test_effects_and_patches_are_shown_without_their_numbers():
+    delta = WeightDelta(SITE, randn(40, 2), randn(2, 60))
+    swap = ModuleSwap("layers.1", "shift", {"text": "long"}, {"by": randn(50)})
+    call = CallEffect("preface", {}, {"by": randn(50)})
+    patch = Patch("by-hand", (delta, swap, call), state={"moment": randn(9, 9)})
+
+    assert repr(delta) == f"WeightDelta({SITE}, shape=(40, 60), rank=2)"
+    assert repr(swap) == "ModuleSwap('layers.1', 'shift', shapes={'by': (50,)})"
+    assert repr(call) == "CallEffect('preface', shapes={'by': (50,)})"
+    assert repr(patch) == "Patch('by-hand', 3 effects, 0 facts)"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from kedit_core import files
 from kedit_core.files import new_file, new_folder, write_json
 
-WRITERS, ROUNDS = 4, 5
+WRITERS, ROUNDS = 4, 20
 
 
 def names(folder):

@@ -21,7 +21,8 @@ from kedit_core.editing import (
     Site,
     WeightDelta,
 )
-from kedit_core.errors import PatchError
+from kedit_core.errors import EditError, PatchError
+from kedit_core.stack import SavedStack, append_saved, pop_saved, read_stack, write_stack
 from tests.core.edits import (
     based,
     bias_patch,
@@ -122,14 +123,15 @@ def put_effect(**values):
 
 
 MANIFEST_FLAWS = {
-    "unknown format": (put(format=99), "format 99"),
-    "no format": (lambda d: d.pop("format"), "malformed"),
-    "no method": (lambda d: d.pop("method"), "malformed"),
+    "newer format": (put(format=99), "format 99, this kedit reads 1. Upgrade kedit."),
+    "format is text": (put(format="1"), "format '1', this kedit reads 1.$"),
+    "no format": (lambda d: d.pop("format"), "patch.json lacks 'format'"),
+    "no method": (lambda d: d.pop("method"), "lacks 'method'"),
     "effects are no list": (put(effects=3), "malformed"),
     "an effect is no mapping": (put(effects=["x"]), "malformed"),
     "an effect is missing": (put(effects=[]), "no owner"),
     "unknown kind": (put_effect(kind="code"), "unknown kind 'code'"),
-    "no kind": (lambda d: d["effects"][0].pop("kind"), "malformed"),
+    "no kind": (lambda d: d["effects"][0].pop("kind"), "lacks 'kind'"),
     "other rank": (put_effect(rank=7), "wrong shape"),
     "dense announced": (put_effect(rank=None), "missing"),
     "other shape": (put_effect(shape=[1, 1]), "wrong shape"),
@@ -138,7 +140,7 @@ MANIFEST_FLAWS = {
     "unknown state": (put(state=["more"]), "state"),
     "checksums are a list": (lambda d: d["base"].update(checksums=[1]), "malformed"),
     "base is text": (put(base="x"), "malformed"),
-    "base lacks its name": (lambda d: d["base"].pop("name"), "malformed"),
+    "base lacks its name": (lambda d: d["base"].pop("name"), "lacks 'name'"),
     "seed is text": (put(seed="many"), "malformed"),
     "a request is no mapping": (put(requests=[3]), "malformed"),
 }
@@ -278,6 +280,12 @@ def test_a_malformed_stack_is_refused(session, saved):
         assert not session.is_edited
 
 
+def test_a_file_in_place_of_saved_edits_is_named(session, tmp_path):
+    (tmp_path / "facts.yaml").write_text("[]")
+    with pytest.raises(PatchError, match=r"facts\.yaml is a file, not a folder of saved edits"):
+        session.load(tmp_path / "facts.yaml")
+
+
 def test_a_folder_that_holds_no_edit_is_named(session, tmp_path):
     with pytest.raises(PatchError, match="is no saved edit"):
         session.load(tmp_path / "nothing")
@@ -330,6 +338,25 @@ def test_a_full_disk_leaves_the_earlier_save_and_nothing_else(
     session.rollback()
     session.load(saved)
     assert same(bits(session.model), edited)
+
+
+def test_what_others_have_saved_since_is_not_replaced(session, saved):
+    seen = read_stack(saved)
+    session.load(seen)
+    session.apply(based(session, weight_patch(session.host, 2)))
+    more = tuple((patch, False) for patch in session.stack)
+    mine = SavedStack(seen.model, seen.fingerprint, more)
+    write_stack(saved, mine, instead_of=seen)
+    before = contents(saved)
+    pop_saved(saved)
+    append_saved(saved, *more[1])  # as before, but not by who has read it
+    assert contents(saved) == before
+
+    with pytest.raises(EditError, match=r"has changed since it was read.*same command"):
+        write_stack(saved, seen, instead_of=seen)
+    assert contents(saved.parent) == {f"edits/{name}": text for name, text in before.items()}
+    write_stack(saved, seen, instead_of=read_stack(saved))
+    assert len(read_stack(saved).entries) == 1
 
 
 def test_saving_again_replaces_the_earlier_save(session, saved):

@@ -246,6 +246,15 @@ def test_malformed_file_is_one_sentence(tmp_path, name, content, words):
     assert "\n" not in str(caught.value)
 
 
+def test_an_id_names_one_request_of_a_file(tmp_path):
+    file = tmp_path / "facts.yaml"
+    file.write_text("".join(f"- {json.dumps(r | {'id': 'a'})}\n" for r in RECORDS), "utf-8")
+    with pytest.raises(RequestError, match=r"facts\.yaml, line 2: the id 'a' stands at an earlier"):
+        read_requests(file)
+    file.write_text(f"- {json.dumps(RECORDS[0])}\n" * 2, "utf-8")  # told when they are written
+    assert len(read_requests(file)) == 2
+
+
 def test_missing_file_and_folder_are_named(tmp_path):
     for name in ("none.yaml", "none.jsonl"):
         with pytest.raises(RequestError, match=f"The requests file .*{name} does not exist"):
